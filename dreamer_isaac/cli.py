@@ -1,0 +1,142 @@
+"""From a command line to a checked configuration and a running program. Imports no torch.
+
+Hydra composes the configuration (defaults, presets, overrides); this module adds what Hydra
+leaves out: messages that name the mistake and the remedy, exit code 2 for them, and free paths
+below `env.cfg`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from pathlib import Path
+from typing import Any
+
+from dreamer_isaac.config import Config, ConfigError, build, known_paths, to_dict, unknown_key
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+USAGE = """usage: python dreamer_isaac.py [--cfg] [--help] [key=value ...]
+
+  env.name=Isaac-Ant-v0           the task (scripts/list_envs.py lists them)
+  size=tiny|1m|12m|...            the size of the networks
+  experiment=NAME                 a file of conf/experiment
+  run.dir=FOLDER                  results go there; the same command again resumes
+  mode=evaluate checkpoint=RUN    deterministic episodes of a trained policy
+  --cfg                           print the configuration and stop
+
+Every key with its meaning: dreamer_isaac/config.py"""
+
+
+def groups() -> dict[str, list[str]]:
+    """The preset groups of conf/ and their choices."""
+    return {
+        d.name: sorted(p.stem for p in d.glob("*.yaml")) for d in sorted(CONF.iterdir())
+        if d.is_dir()
+    }  # fmt: skip
+
+
+def compose(overrides: list[str]) -> Config:
+    """Compose conf/config.yaml with `overrides` and check the result.
+
+    Raises:
+        ConfigError: naming every mistake that could be found.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    overrides = _checked_overrides(overrides)
+    ConfigStore.instance().store(name="defaults", node=to_dict(Config()))
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            raw = OmegaConf.to_container(hydra_compose("config", overrides), resolve=True)
+    except (HydraException, OmegaConfBaseException) as e:
+        raise ConfigError([" ".join(str(e).split())]) from None
+    assert isinstance(raw, dict)
+    return build({str(k): v for k, v in raw.items()})
+
+
+def _checked_overrides(overrides: list[str]) -> list[str]:
+    """Name unknown keys ourselves, and let Hydra add the free paths below `env.cfg`."""
+    paths, choices = set(known_paths()), groups()
+    sections = {p.rsplit(".", i)[0] for p in paths for i in range(1, p.count(".") + 1)}
+    problems, out = [], []
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        name = name.lstrip("+")
+        if not equals or not name:
+            problems.append(f"'{text}' is no override; write key=value.")
+        elif name == "checkpoint":  # short for checkpoint.path
+            out.append(f"checkpoint.path={_quoted(value)}")
+        elif name in ("run.dir", "checkpoint.path", "checkpoint.init_from"):
+            out.append(f"{name}={_quoted(value)}")
+        elif name.startswith("env.cfg."):
+            out.append("++" + text.lstrip("+"))
+        elif name in choices:
+            if value not in choices[name]:
+                problems.append(f"{text}: allowed are {', '.join(choices[name])}.")
+            out.append(text)
+        elif name in paths:
+            out.append(text)
+        elif name in sections:
+            problems.append(f"'{name}' is a section; set one of its keys: "
+                            f"{', '.join(sorted(p for p in paths if p.startswith(name + '.')))}.")  # fmt: skip
+        else:
+            problems.append(unknown_key(name))
+    if problems:
+        raise ConfigError(problems)
+    return out
+
+
+def _quoted(value: str) -> str:
+    """A path as Hydra reads it verbatim, whatever signs are in it."""
+    if value[:1] in "'\"" and value[:1]:
+        return value
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" if value else "''"
+
+
+def default_run_dir(cfg: Config) -> str:
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    label = cfg.env.name if cfg.mode == "train" else f"{cfg.env.name}-evaluate"
+    return str(Path("runs") / label / now)
+
+
+def run(argv: list[str]) -> int:
+    """Run one command line and return its exit code."""
+    if "--help" in argv or "-h" in argv:
+        print(USAGE)
+        print("\nPresets: " + "; ".join(f"{g}={'|'.join(c)}" for g, c in groups().items()))
+        return 0
+    flags = [a for a in argv if a.startswith("-")]
+    if set(flags) - {"--cfg"}:
+        print(f"error: unknown option {flags[0]}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    try:
+        cfg = compose([a for a in argv if not a.startswith("-")])
+    except ConfigError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    if not cfg.run.dir:
+        cfg.run.dir = default_run_dir(cfg)
+    if flags:
+        print(dump(to_dict(cfg)), end="")
+        return 0
+
+    from dreamer_isaac.launch import simulator
+
+    with simulator(cfg):
+        from dreamer_isaac.main import main  # the first import of torch
+
+        return main(cfg)
+
+
+def dump(raw: dict[str, Any]) -> str:
+    """A configuration as YAML."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(raw))

@@ -1,0 +1,528 @@
+"""The configuration: every key, its type, unit and meaning, and the checks across keys.
+
+This module imports neither torch, numpy nor a simulator, so that a typing mistake is answered in
+a fraction of a second and not after a simulator has booted. `build` turns the plain dictionary
+that Hydra composed into a tree of dataclasses and collects *all* mistakes into one `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+EMBEDDED_TASKS = ("Isaac-Cartpole-v0", "Isaac-Ant-v0", "Isaac-Humanoid-v0")
+"""Isaac Lab task ids that the embedded simulator ports (`dreamer_isaac/envs/tasks`)."""
+
+MJLAB_PREFIX = "Mjlab-"
+"""mjlab's own task ids all start with this; which of them exist only mjlab itself knows."""
+
+SIZES = ("tiny", "1m", "12m", "25m", "50m", "100m", "200m", "400m")
+
+
+class ConfigError(ValueError):
+    """One or more mistakes in the configuration; the message has a line for each."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        head = "The configuration has a mistake:" if len(problems) == 1 else (
+            f"The configuration has {len(problems)} mistakes:"
+        )
+        super().__init__("\n".join([head, *(f"  - {p}" for p in problems)]))
+
+
+def key(name: str | None = None, doc: str = "", **kwargs: Any) -> Any:
+    """A dataclass field whose key in the file may differ from the attribute (`env.import`)."""
+    return field(metadata={"key": name, "doc": doc}, **kwargs)
+
+
+@dataclass
+class EnvConfig:
+    """What is simulated."""
+
+    name: str = "Isaac-Cartpole-v0"
+    """Task id: an Isaac Lab id, or an id that mjlab or `env.import` registers."""
+    backend: Literal["auto", "isaaclab", "mjlab", "toy"] = "auto"
+    """`auto` takes Isaac Lab where it can be imported and mjlab otherwise; `toy` is for tests."""
+    num_envs: int = 256
+    """Parallel environments N, evaluation rows included."""
+    seed: int = 0
+    """Seeds the simulator, the networks, the noise and the replay sampler."""
+    device: str = "auto"
+    """Where the simulator and the acting policy run: `auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    from_pixels: bool = False
+    """Camera observations. Not built yet: only `false` is accepted."""
+    import_: str = key("import", default="")
+    """A module to import first, e.g. `my_pkg.tasks`, which registers the user's own tasks."""
+    action_bound: float = 1.0
+    """Actions are clipped to [-bound, bound] before they are executed (both simulators declare
+    unbounded actions). Policy output and `action` in replay are in the same units."""
+    cfg: dict[str, Any] = field(default_factory=dict)
+    """Fields of the task's own configuration by path, e.g. `env.cfg.rewards.alive.weight=0.7`."""
+
+
+@dataclass
+class CollectorConfig:
+    """How experience is gathered."""
+
+    frames_per_batch: int = 4096
+    """Frames (env steps, summed over envs) between two visits of the learner."""
+    init_random_frames: int = 16384
+    """Frames with uniformly random actions before the policy acts and the learner learns."""
+    total_frames: int = 500_000
+    """The run ends here. Counts the steps of all `env.num_envs`, evaluation rows included."""
+
+
+@dataclass
+class CompileConfig:
+    """torch.compile of the learner."""
+
+    enabled: bool = False
+
+
+@dataclass
+class OptimizationConfig:
+    """The learner."""
+
+    lr: float = 4e-5
+    """Learning rate after warm-up."""
+    warmup_updates: int = 1000
+    """Updates over which the learning rate rises linearly from 0."""
+    agc: float = 0.3
+    """Adaptive gradient clipping: a tensor's gradient norm is at most this times its norm."""
+    replay_ratio: float = 32.0
+    """Trained steps (batch_size) per collected and stored step."""
+    max_updates: int = 0
+    """End the run after so many updates; 0 means no limit."""
+    autocast: Literal["bfloat16", "float16", "false"] = "false"
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    device: str = "auto"
+    """Where the learner and the replay buffer live."""
+    num_threads: int = 0
+    """CPU threads of torch; 0 leaves torch's own choice."""
+
+
+@dataclass
+class ReplayConfig:
+    """The replay buffer."""
+
+    size: int = 1_000_000
+    """Capacity in records (one record = one step of one env)."""
+    batch_size: int = 1024
+    """Trained steps per update, B x T: a multiple of `batch_length`."""
+    batch_length: int = 64
+    """Trained steps T of one slice. One more record in front of them gives the context."""
+    gpu_storage: bool = True
+    """Store on the learner's device (true) or in main memory (false)."""
+
+
+@dataclass
+class ModelConfig:
+    """Sizes of the networks; `size=` chooses a preset, single keys can be changed."""
+
+    size: Literal["tiny", "1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "12m"
+    belief: int = 2048
+    """D: width of the deterministic state."""
+    hidden: int = 256
+    """Width of the projections around the recurrent core."""
+    categoricals: int = 32
+    """S: categorical variables of the stochastic state."""
+    classes: int = 16
+    """K: classes of each."""
+    blocks: int = 8
+    """Blocks of the block-diagonal GRU; divides `belief`."""
+    units: int = 256
+    """Width of encoder, decoder, heads, actor and critic."""
+    encoder_layers: int = 3
+    decoder_layers: int = 3
+    head_layers: int = 1
+    actor_layers: int = 3
+    critic_layers: int = 3
+    bins: int = 255
+    """Bins of the two-hot reward and value heads."""
+    unimix: float = 0.01
+    """Uniform share mixed into every categorical."""
+
+
+@dataclass
+class AlgoConfig:
+    """DreamerV3's losses (Hafner et al. 2023, arXiv 2301.04104; defaults of its code)."""
+
+    name: Literal["dreamer_v3"] = "dreamer_v3"
+    horizon: int = 15
+    """H: imagined steps."""
+    discount_horizon: float = 333.0
+    """Discount 1 - 1/this, folded into the continue target."""
+    lmbda: float = 0.95
+    free_nats: float = 1.0
+    dyn_scale: float = 1.0
+    rep_scale: float = 0.1
+    reconstruction_scale: float = 1.0
+    reward_scale: float = 1.0
+    continue_scale: float = 1.0
+    actor_scale: float = 1.0
+    critic_scale: float = 1.0
+    replay_critic_scale: float = 0.3
+    entropy: float = 3e-4
+    slow_critic_rate: float = 0.02
+    """The slow critic moves this fraction towards the critic after every update."""
+    slow_critic_scale: float = 1.0
+    return_norm_rate: float = 0.01
+    return_norm_low: float = 0.05
+    return_norm_high: float = 0.95
+    return_norm_min: float = 1.0
+    """The return's percentile range is never taken smaller than this."""
+    actor_min_std: float = 0.1
+    actor_max_std: float = 1.0
+
+
+@dataclass
+class EvaluationConfig:
+    """Deterministic episodes."""
+
+    num_envs: int = 16
+    """Rows of `env.num_envs` that always act deterministically and never reach the replay
+    buffer; 0 for none. The curve of the training run comes from them."""
+    episodes: int = 64
+    """Episodes of the final evaluation (and of `mode=evaluate`), at least; every env plays the
+    same number."""
+    final: bool = True
+    """Evaluate at the end of a training run."""
+    policy: Literal["trained", "random", "zero"] = "trained"
+    """Whose actions `mode=evaluate` plays; `random` and `zero` are the baselines."""
+    video: bool = True
+    """Write `videos/*.mp4`."""
+    video_seconds: float = 12.0
+    """Longest video, in seconds of simulated time."""
+    open_loop_steps: int = 50
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    path: str = ""
+    """`mode=evaluate`: a run folder, or one checkpoint in it. `checkpoint=X` is short for it."""
+    interval_frames: int = 100_000
+    """Frames between two checkpoints."""
+    keep: int = 3
+    """Newest checkpoints kept."""
+    replay: bool = False
+    """Save the replay buffer too. Without it a resumed run refills it before it trains."""
+    exact: bool = False
+    """Save everything (simulator, generators, replay, ...), so that a stopped and resumed run
+    ends with the same bits as one that never stopped."""
+    init_from: str = ""
+    """Another run (folder or checkpoint) to take weights from; the optimiser starts fresh."""
+    init_modules: list[str] = field(default_factory=lambda: ["all"])
+    """Which modules `init_from` takes: `all`, or some of encoder, rssm, decoder, reward,
+    continuation, actor, critic."""
+
+
+@dataclass
+class LoggerConfig:
+    """`metrics.csv` is always written; `backend` adds to it."""
+
+    backend: Literal["csv", "tensorboard", "wandb"] = "csv"
+    mode: Literal["online", "offline", "disabled"] = "offline"
+    """Weights & Biases only."""
+    project: str = "dreamer_isaac"
+    interval_frames: int = 16_384
+    """Frames between two rows of metrics."""
+
+
+@dataclass
+class RunConfig:
+    """Where results go."""
+
+    dir: str = ""
+    """The run folder. Empty: `runs/<task>/<date>-<time>`. The same command on the same folder
+    resumes the run."""
+
+
+@dataclass
+class Config:
+    """The whole configuration."""
+
+    mode: Literal["train", "evaluate"] = "train"
+    env: EnvConfig = field(default_factory=EnvConfig)
+    collector: CollectorConfig = field(default_factory=CollectorConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    replay_buffer: ReplayConfig = field(default_factory=ReplayConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+# -- from a plain dictionary to the dataclasses -------------------------------------------------
+
+
+def field_keys(cls: type) -> dict[str, dataclasses.Field]:
+    """The keys of one section as they are written in files and overrides."""
+    return {f.metadata.get("key") or f.name: f for f in dataclasses.fields(cls)}
+
+
+def known_paths(cls: type = Config, prefix: str = "") -> list[str]:
+    """Every settable path, e.g. `env.num_envs`; `env.cfg` stands for everything below it."""
+    paths: list[str] = []
+    hints = typing.get_type_hints(cls)
+    for name, f in field_keys(cls).items():
+        kind = hints[f.name]
+        if dataclasses.is_dataclass(kind):
+            paths += known_paths(typing.cast(type, kind), f"{prefix}{name}.")
+        else:
+            paths.append(prefix + name)
+    return paths
+
+
+def unknown_key(path: str) -> str:
+    """The message for a key that does not exist, with the nearest that do."""
+    paths = known_paths()
+    near = difflib.get_close_matches(path, paths, n=3, cutoff=0.6)
+    if not near:
+        section = path.split(".")[0]
+        near = [p for p in paths if p.startswith(section + ".")] or sorted(
+            {p.split(".")[0] for p in paths}
+        )
+    return f"unknown key '{path}'. Known: {', '.join(near)}."
+
+
+def _convert(value: Any, kind: Any, path: str, problems: list[str]) -> Any:
+    """`value` as `kind`, or a line in `problems`."""
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        return _section(value, typing.cast(type, kind), path + ".", problems)
+    if origin is Literal:
+        allowed = typing.get_args(kind)
+        text = str(value).lower() if isinstance(value, bool) else value
+        if isinstance(text, int | float):
+            text = str(text)
+        if text not in allowed:
+            problems.append(f"{path}={value!r}: allowed are {', '.join(map(str, allowed))}.")
+            return allowed[0]
+        return text
+    if origin is list:
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            problems.append(f"{path}={value!r}: must be a list of names, e.g. {path}=[rssm,actor].")
+            return []
+        return value
+    if origin is dict:
+        if not isinstance(value, dict):
+            problems.append(f"{path}={value!r}: must be a mapping, e.g. {path}.decimation=4.")
+            return {}
+        return value
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is int and not isinstance(value, bool):
+        if isinstance(value, int):
+            return value
+        if isinstance(value, float) and value.is_integer():  # 1e6 is a float to YAML
+            return int(value)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, str | int | float):
+        return str(value)
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    problems.append(f"{path}={value!r}: must be {words.get(kind, kind)}.")
+    return kind() if isinstance(kind, type) else value
+
+
+def _section(value: Any, cls: type, prefix: str, problems: list[str]) -> Any:
+    if not isinstance(value, dict):
+        problems.append(f"{prefix[:-1]}={value!r}: must be a section with keys.")
+        return cls()
+    hints = typing.get_type_hints(cls)
+    keys = field_keys(cls)
+    kwargs = {}
+    for name, item in value.items():
+        if name not in keys:
+            problems.append(unknown_key(prefix + str(name)))
+            continue
+        f = keys[name]
+        kwargs[f.name] = _convert(item, hints[f.name], prefix + name, problems)
+    return cls(**kwargs)
+
+
+def build(raw: dict[str, Any]) -> Config:
+    """The typed and checked configuration.
+
+    Raises:
+        ConfigError: with one line for every unknown key, wrong type, and contradiction.
+    """
+    problems: list[str] = []
+    cfg = _section(raw, Config, "", problems)
+    if not problems:
+        problems += contradictions(cfg)
+    if problems:
+        raise ConfigError(problems)
+    return cfg
+
+
+def to_dict(cfg: Any) -> Any:
+    """The reverse of `build`: plain values under the keys as the user writes them."""
+    if dataclasses.is_dataclass(cfg):
+        return {k: to_dict(getattr(cfg, f.name)) for k, f in field_keys(type(cfg)).items()}
+    if isinstance(cfg, dict):
+        return {k: to_dict(v) for k, v in cfg.items()}
+    return cfg
+
+
+def module_exists(name: str) -> bool:
+    """Whether a top-level module could be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def isaaclab_available() -> bool:
+    """Isaac Lab is usable: the package *and* a simulator under it.
+
+    The wheel alone, without Isaac Sim (2.x) or Newton (3.x), imports up to a point and then fails,
+    so the package being there is not enough.
+    """
+    return module_exists("isaaclab") and (module_exists("isaacsim") or module_exists("newton"))
+
+
+def contradictions(cfg: Config) -> list[str]:
+    """Values that are well typed but impossible, alone or together: one line each."""
+    out: list[str] = []
+
+    def need(ok: bool, line: str) -> None:
+        if not ok:
+            out.append(line)
+
+    env, col, rb, opt, ev, ck = (
+        cfg.env, cfg.collector, cfg.replay_buffer, cfg.optimization, cfg.evaluation,
+        cfg.checkpoint,
+    )  # fmt: skip
+    for path, value in (
+        ("env.num_envs", env.num_envs),
+        ("env.action_bound", env.action_bound),
+        ("collector.frames_per_batch", col.frames_per_batch),
+        ("collector.total_frames", col.total_frames),
+        ("replay_buffer.size", rb.size),
+        ("replay_buffer.batch_size", rb.batch_size),
+        ("replay_buffer.batch_length", rb.batch_length),
+        ("optimization.lr", opt.lr),
+        ("optimization.replay_ratio", opt.replay_ratio),
+        ("algo.horizon", cfg.algo.horizon),
+        ("evaluation.episodes", ev.episodes),
+        ("evaluation.open_loop_steps", ev.open_loop_steps),
+        ("checkpoint.interval_frames", ck.interval_frames),
+        ("checkpoint.keep", ck.keep),
+        ("logger.interval_frames", cfg.logger.interval_frames),
+        ("model.blocks", cfg.model.blocks),
+    ):
+        need(value > 0, f"{path}={value}: must be above 0.")
+    for path, value in (
+        ("env.seed", env.seed),
+        ("collector.init_random_frames", col.init_random_frames),
+        ("evaluation.num_envs", ev.num_envs),
+        ("optimization.warmup_updates", opt.warmup_updates),
+        ("optimization.max_updates", opt.max_updates),
+        ("optimization.num_threads", opt.num_threads),
+    ):
+        need(value >= 0, f"{path}={value}: must be 0 or more.")
+    if out:
+        return out
+
+    need(cfg.algo.discount_horizon > 1, "algo.discount_horizon must be above 1 (steps).")
+    need(0 <= cfg.model.unimix < 1, f"model.unimix={cfg.model.unimix}: must be in [0, 1).")
+    need(
+        cfg.model.belief % cfg.model.blocks == 0,
+        f"model.belief={cfg.model.belief} is no multiple of model.blocks={cfg.model.blocks}.",
+    )
+    need(
+        2 <= cfg.model.classes <= 256,
+        f"model.classes={cfg.model.classes}: must be 2 to 256 (replay stores a class in a byte).",
+    )
+    if cfg.mode == "train":
+        out += _training_contradictions(cfg)
+        need(not ck.path, f"checkpoint={ck.path} is read by mode=evaluate only; to "
+             "resume a run set run.dir=<its folder>, to start from its weights "
+             "checkpoint.init_from=<its folder>.")  # fmt: skip
+        need(ev.policy == "trained", f"evaluation.policy={ev.policy} needs mode=evaluate.")
+    elif ev.policy == "trained":
+        need(bool(ck.path), "mode=evaluate needs checkpoint=<run folder or checkpoint>, or "
+             "evaluation.policy=random | zero for a baseline.")  # fmt: skip
+    allowed = {"all", "encoder", "rssm", "decoder", "reward", "continuation", "actor", "critic"}
+    for name in ck.init_modules:
+        need(name in allowed, f"checkpoint.init_modules: unknown '{name}'; allowed are "
+             f"{', '.join(sorted(allowed))}.")  # fmt: skip
+    need(not env.from_pixels, "env.from_pixels=true: camera observations are not built yet; "
+         "use env.from_pixels=false.")  # fmt: skip
+    need(not opt.compile.enabled, "optimization.compile.enabled=true: the compiled learner is not "
+         "built yet; use optimization.compile.enabled=false.")  # fmt: skip
+    need(opt.autocast == "false", f"optimization.autocast={opt.autocast}: mixed precision is not "
+         "built yet; use optimization.autocast=false.")  # fmt: skip
+    out += _task_contradictions(env)
+    return out
+
+
+def _training_contradictions(cfg: Config) -> list[str]:
+    out: list[str] = []
+    env, col, rb, ev = cfg.env, cfg.collector, cfg.replay_buffer, cfg.evaluation
+    train_envs = env.num_envs - ev.num_envs
+    if train_envs < 1:
+        return [
+            f"evaluation.num_envs={ev.num_envs} leaves no env for training of env.num_envs="
+            f"{env.num_envs}. Remedy: evaluation.num_envs={env.num_envs // 4} or less, or more envs."
+        ]
+    if rb.batch_size % rb.batch_length:
+        lower = rb.batch_size // rb.batch_length * rb.batch_length or rb.batch_length
+        out.append(
+            f"replay_buffer.batch_size={rb.batch_size} is no multiple of replay_buffer."
+            f"batch_length={rb.batch_length}. Remedy: replay_buffer.batch_size={lower}."
+        )
+    least = rb.batch_length * env.num_envs
+    if col.init_random_frames < least:
+        out.append(
+            f"collector.init_random_frames={col.init_random_frames} fills less than one slice: "
+            f"replay_buffer.batch_length * env.num_envs = {rb.batch_length} * {env.num_envs} = "
+            f"{least}. Remedy: collector.init_random_frames={least} or more, fewer envs, or "
+            "shorter slices."
+        )
+    smallest = max((rb.batch_length + 1) * train_envs, rb.batch_size)
+    if rb.size < smallest:
+        out.append(
+            f"replay_buffer.size={rb.size} cannot hold one batch: it needs (batch_length + 1) * "
+            f"training envs = {(rb.batch_length + 1) * train_envs} and batch_size = "
+            f"{rb.batch_size} records. Remedy: replay_buffer.size={smallest} or more."
+        )
+    if col.frames_per_batch % env.num_envs:
+        near = max(1, round(col.frames_per_batch / env.num_envs)) * env.num_envs
+        out.append(
+            f"collector.frames_per_batch={col.frames_per_batch} is no multiple of env.num_envs="
+            f"{env.num_envs}. Remedy: collector.frames_per_batch={near}."
+        )
+    elif col.frames_per_batch // env.num_envs > rb.size // train_envs:
+        out.append(
+            f"collector.frames_per_batch={col.frames_per_batch} is more than the replay buffer "
+            f"holds (replay_buffer.size={rb.size}). Remedy: fewer frames per batch."
+        )
+    return out
+
+
+def _task_contradictions(env: EnvConfig) -> list[str]:
+    """Refuse an id that nothing here could know; leave the rest to the simulator."""
+    if env.backend in ("isaaclab", "toy") or env.import_ or env.name.startswith(MJLAB_PREFIX):
+        return []
+    if env.backend == "auto" and isaaclab_available():
+        return []
+    if env.name in EMBEDDED_TASKS:
+        return []
+    near = difflib.get_close_matches(env.name, EMBEDDED_TASKS, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return [
+        f"env.name={env.name!r}: the embedded simulator has {', '.join(EMBEDDED_TASKS)} and mjlab's "
+        f"own {MJLAB_PREFIX}* tasks (python scripts/list_envs.py lists them).{hint} A task of your "
+        "own needs env.import=<module that registers it>; other Isaac Lab tasks need Isaac Lab."
+    ]

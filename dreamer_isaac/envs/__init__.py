@@ -1,0 +1,31 @@
+"""Simulators under one contract: `make_env(cfg, backend, device)`."""
+
+from __future__ import annotations
+
+import torch
+
+from dreamer_isaac.config import Config
+from dreamer_isaac.envs.contract import EnvInfo, Observation, Outcome, SimEnv
+
+__all__ = ["EnvInfo", "Observation", "Outcome", "SimEnv", "make_env"]
+
+
+def make_env(cfg: Config, backend: str, device: torch.device, render: bool = False) -> SimEnv:
+    """The environment that `cfg.env` names.
+
+    Args:
+        backend: as `launch.choose_backend` decided. device: of the simulation.
+        render: prepare an off-screen camera for `SimEnv.render`.
+
+    Raises:
+        ConfigError: for an unknown task, or a field of the task's configuration that is not there.
+    """
+    if backend == "toy":
+        from dreamer_isaac.envs.toy import ToyEnv
+
+        return ToyEnv(cfg.env.num_envs, cfg.env.seed, device, cfg.env.action_bound)
+    if backend == "mjlab":
+        from dreamer_isaac.envs.mjlab import make_mjlab
+
+        return make_mjlab(cfg, device, render)
+    raise ValueError(f"no backend {backend!r}")

@@ -1,0 +1,165 @@
+"""One contract for every simulator.
+
+A `SimEnv` wraps a batched TorchRL env and hands out plain tensors, one `Step` per action, with
+the meaning of DESIGN's time table:
+
+    obs[t], is_first[t]                              on which action[t] is chosen
+    reward[t+1], terminated[t+1], truncated[t+1]     what action[t] led to
+
+After an episode's end the simulator has reset the env by itself, and `obs` is the first
+observation of the next episode; what the simulator reports as `next` observation there (NaN, the
+reset or the true terminal one) is never looked at.
+
+Nothing that a simulator returns is ours: every tensor is cloned here, because simulators write
+observations, rewards and flags in place and TorchRL hands some of them on as views.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.envs import EnvBase
+
+
+class Observation(NamedTuple):
+    """What is known before an action."""
+
+    obs: Tensor
+    """[N, O] float32, never NaN."""
+    is_first: Tensor
+    """[N] bool"""
+
+
+class Outcome(NamedTuple):
+    """What an action led to."""
+
+    reward: Tensor
+    """[N] float32"""
+    terminated: Tensor
+    """[N] bool: the episode ended by the task's own rules; there is no future."""
+    truncated: Tensor
+    """[N] bool: it was cut off; the value bootstraps through it."""
+
+    @property
+    def done(self) -> Tensor:
+        return self.terminated | self.truncated
+
+
+@dataclass
+class EnvInfo:
+    """What the networks, checkpoints and reports need to know of a task."""
+
+    task: str
+    backend: str
+    num_envs: int
+    observation: int
+    action: int
+    step_dt: float
+    """Seconds of simulated time per env step."""
+    max_episode_length: int
+    """Steps until truncation."""
+    observation_names: list[str]
+    """A name for every component, e.g. `joint_pos[slider_to_cart]`."""
+    action_names: list[str]
+    """The joint that every action component drives."""
+
+
+class ObservationError(RuntimeError):
+    """The simulator produced an observation or reward that is not finite."""
+
+
+class SimEnv:
+    """A batched simulator under the contract above.
+
+    Args:
+        env: TorchRL env of batch size [N] with float observations under `key`; with
+            `native_autoreset` or driven by TorchRL, both work.
+        key: entry of the observation.
+        action_bound: actions are clipped to [-bound, bound] before they are executed.
+    """
+
+    def __init__(self, env: EnvBase, info: EnvInfo, key: str, action_bound: float):
+        self.env, self.info, self.key, self.action_bound = env, info, key, action_bound
+        self._td: TensorDictBase | None = None
+        self._finite = torch.ones((), dtype=torch.bool, device=env.device)
+
+    @property
+    def device(self) -> torch.device:
+        device = self.env.device
+        assert device is not None
+        return device
+
+    def reset(self) -> Observation:
+        """Start a first episode in every env."""
+        self._td = self.env.reset()
+        obs = self._clone_obs(self._td)
+        return Observation(obs, torch.ones(len(obs), dtype=torch.bool, device=self.device))
+
+    def step(self, action: Tensor) -> tuple[Tensor, Outcome, Observation]:
+        """Execute `action` [N, A].
+
+        Returns:
+            The action as executed (clipped), what it led to, and the next observation.
+        """
+        assert self._td is not None, "reset() comes first"
+        executed = action.clamp(-self.action_bound, self.action_bound)
+        self._td.set("action", executed.clone())
+        result, self._td = self.env.step_and_maybe_reset(self._td)
+        after = result["next"]
+        outcome = Outcome(
+            after["reward"].reshape(-1).to(torch.float32, copy=True),
+            after["terminated"].reshape(-1).clone(),
+            after["truncated"].reshape(-1).clone(),
+        )
+        obs = self._clone_obs(self._td)
+        self._finite &= torch.isfinite(obs).all() & torch.isfinite(outcome.reward).all()
+        return executed, outcome, Observation(obs, outcome.done.clone())
+
+    def _clone_obs(self, td: TensorDictBase) -> Tensor:
+        return td[self.key].to(torch.float32, copy=True)
+
+    def check_finite(self) -> None:
+        """Complain if any observation or reward since the last call was NaN or infinite.
+
+        Raises:
+            ObservationError
+        """
+        if not bool(self._finite):
+            obs = None if self._td is None else self._clone_obs(self._td)
+            where = "a reward or an earlier observation"
+            if obs is not None and not torch.isfinite(obs).all():
+                env, column = (~torch.isfinite(obs)).nonzero()[0].tolist()
+                where = f"observation {self.info.observation_names[column]} of env {env}"
+            raise ObservationError(
+                f"{self.info.task}: the simulator returned NaN or infinity ({where}). A smaller "
+                "time step (env.cfg.sim.mujoco.timestep) or a smaller env.action_bound often helps."
+            )
+
+    def render(self) -> Any:
+        """One RGB frame [height, width, 3] uint8 of env 0, or None where there is no renderer."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how the simulation goes on.
+
+        Raises:
+            NotImplementedError: where the simulator cannot restore its state.
+        """
+        raise NotImplementedError(
+            f"the {self.info.backend} backend cannot save and restore the simulator's state, which "
+            "checkpoint.exact=true needs. Remedy: checkpoint.exact=false."
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> Observation:
+        """Restore `state_dict`; returns the observation at which it was taken."""
+        raise NotImplementedError(
+            f"the {self.info.backend} backend cannot restore the simulator's state."
+        )
+
+    def close(self) -> None:
+        """End the simulation."""
+        self.env.close()

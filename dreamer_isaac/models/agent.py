@@ -1,0 +1,122 @@
+"""All networks of one agent, and the step that acts."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dreamer_isaac.config import AlgoConfig, ModelConfig
+from dreamer_isaac.models.heads import (
+    Actor,
+    ContinueHead,
+    TwoHotHead,
+    VectorDecoder,
+    VectorEncoder,
+)
+from dreamer_isaac.models.rssm import RSSM
+
+
+class Carry(NamedTuple):
+    """What acting remembers between two steps of N envs."""
+
+    belief: Tensor
+    """[N, D] belief after the last observation."""
+    state: Tensor
+    """[N, S*K] posterior state after the last observation."""
+    action: Tensor
+    """[N, A] the last action as executed."""
+
+
+class Agent(nn.Module):
+    """World model, actor and critic.
+
+    Args:
+        observation: O, components of the observation. action: A, components of the action.
+    """
+
+    def __init__(self, observation: int, action: int, model: ModelConfig, algo: AlgoConfig):
+        super().__init__()
+        self.observation, self.action = observation, action
+        self.encoder = VectorEncoder(observation, model.units, model.encoder_layers)
+        self.rssm = RSSM(
+            action, self.encoder.width, model.belief, model.hidden, model.categoricals,
+            model.classes, model.blocks, model.unimix,
+        )  # fmt: skip
+        features = self.features = model.belief + self.rssm.state
+        units = model.units
+        self.decoder = VectorDecoder(features, observation, units, model.decoder_layers)
+        self.reward = TwoHotHead(features, units, model.head_layers, model.bins)
+        self.continuation = ContinueHead(features, units, model.head_layers)
+        self.actor = Actor(
+            features, action, units, model.actor_layers, algo.actor_min_std, algo.actor_max_std
+        )
+        self.critic = TwoHotHead(features, units, model.critic_layers, model.bins)
+        self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
+
+    def learned(self) -> dict[str, nn.Parameter]:
+        """The parameters that the optimiser updates (not the slow critic's), by name."""
+        return {k: p for k, p in self.named_parameters() if p.requires_grad}
+
+    def initial_carry(self, envs: int) -> Carry:
+        """Zeros; `act` replaces them where `is_first`."""
+        zeros = self.rssm.posterior_in.weight.new_zeros
+        return Carry(
+            zeros(envs, self.rssm.belief), zeros(envs, self.rssm.state), zeros(envs, self.action)
+        )
+
+    def belief_step(self, carry: Carry, is_first: Tensor) -> Tensor:
+        """[N, D]: the belief at a new observation, the episode's first one where `is_first`."""
+        raw = self.rssm.core(carry.belief, carry.state, self.rssm.project_action(carry.action))
+        return torch.where(is_first.unsqueeze(-1), self.rssm.initial_belief(), raw)
+
+    @torch.no_grad()
+    def act(
+        self,
+        observation: Tensor,
+        is_first: Tensor,
+        carry: Carry,
+        uniform: Tensor,
+        normal: Tensor,
+        deterministic: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One acting step.
+
+        Args:
+            observation: [N, O]. is_first: [N] bool. carry: after the last step.
+            uniform: [N, S] noise of the posterior. normal: [N, A] noise of the policy.
+            deterministic: [N] bool; these rows take the mode of the posterior and of the policy.
+
+        Returns:
+            belief [N, D] and state [N, S*K] after `observation`, and the action [N, A] of the
+            policy, not clipped yet.
+        """
+        embedding = self.rssm.project_embedding(self.encoder(observation))
+        belief = self.belief_step(carry, is_first)
+        logits = self.rssm.posterior_logits(belief, embedding)
+        greedy = deterministic.unsqueeze(-1)
+        state = torch.where(greedy, self.rssm.mode(logits), self.rssm.sample(logits, uniform))
+        mean, std = self.actor(torch.cat([belief, state], -1))
+        action = torch.where(greedy, mean, mean + std * normal)
+        return belief, state, action
+
+    @torch.no_grad()
+    def predict(self, carry: Carry, actions: Tensor) -> Tensor:
+        """Open-loop prediction: the observations that `actions` are expected to lead to.
+
+        Args:
+            carry: belief and state at the start; its action is not used.
+            actions: [N, T, A], the first one taken at the start.
+
+        Returns:
+            [N, T, O], in the observation's units.
+        """
+        belief, state = carry.belief, carry.state
+        features = []
+        for action in self.rssm.project_action(actions).unbind(1):
+            belief = self.rssm.core(belief, state, action)
+            state = self.rssm.mode(self.rssm.prior_logits(belief))
+            features.append(torch.cat([belief, state], -1))
+        return self.decoder.decode(torch.stack(features, 1))

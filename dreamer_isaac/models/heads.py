@@ -1,0 +1,127 @@
+"""Encoder, decoder and the heads on top of the latent features."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torchrl.modules import DreamerV3MLP, SymExpTwoHot
+
+
+def symlog(x: Tensor) -> Tensor:
+    """sign(x) log(1 + |x|)."""
+    return torch.sign(x) * torch.log1p(torch.abs(x))
+
+
+def symexp(x: Tensor) -> Tensor:
+    """The reverse of `symlog`."""
+    return torch.sign(x) * torch.expm1(torch.abs(x))
+
+
+class VectorEncoder(nn.Module):
+    """[..., O] observations -> [..., U] embedding; symlog first."""
+
+    def __init__(self, observation: int, units: int, layers: int):
+        super().__init__()
+        self.net = DreamerV3MLP(observation, None, depth=layers, num_cells=units)
+        self.width = units
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return self.net(symlog(observation))
+
+
+class VectorDecoder(nn.Module):
+    """[..., F] features -> [..., O] prediction of symlog(observation)."""
+
+    def __init__(self, features: int, observation: int, units: int, layers: int):
+        super().__init__()
+        self.net = DreamerV3MLP(features, observation, depth=layers, num_cells=units)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.net(features)
+
+    @staticmethod
+    def loss(prediction: Tensor, observation: Tensor) -> Tensor:
+        """Squared error in symlog space, summed over O: [..., O] -> [...]."""
+        return (prediction - symlog(observation)).square().sum(-1)
+
+    def decode(self, features: Tensor) -> Tensor:
+        """[..., F] -> [..., O] in the observation's own units."""
+        return symexp(self.net(features))
+
+
+class TwoHotHead(nn.Module):
+    """A scalar as a categorical over symexp-spaced bins; starts by predicting exactly 0."""
+
+    def __init__(self, features: int, units: int, layers: int, bins: int):
+        super().__init__()
+        self.net = DreamerV3MLP(features, bins, depth=layers, num_cells=units, outscale=0.0)
+        self.twohot = SymExpTwoHot(bins)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[..., F] -> logits [..., bins]."""
+        return self.net(features)
+
+    def mean(self, logits: Tensor) -> Tensor:
+        """[..., bins] -> [...]: the expectation."""
+        return self.twohot.decode(logits)
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Cross entropy with the two-hot target; [..., bins], [...] -> [...].
+
+        Equal to `SymExpTwoHot.loss`, without its [..., bins] comparison and dense target: the
+        two bins around the target are found by bisection and only their log-probabilities read.
+        """
+        bins = self.twohot.bins
+        target = target.clamp(bins[0], bins[-1]).contiguous()
+        lower = (torch.searchsorted(bins, target, right=True) - 1).clamp(0, len(bins) - 2)
+        weight = (target - bins[lower]) / (bins[lower + 1] - bins[lower])
+        log = torch.log_softmax(logits, -1)
+        below = log.gather(-1, lower.unsqueeze(-1)).squeeze(-1)
+        above = log.gather(-1, lower.unsqueeze(-1) + 1).squeeze(-1)
+        return -((1 - weight) * below + weight * above)
+
+
+class ContinueHead(nn.Module):
+    """[..., F] -> logit [...] of the episode going on."""
+
+    def __init__(self, features: int, units: int, layers: int):
+        super().__init__()
+        self.net = DreamerV3MLP(features, 1, depth=layers, num_cells=units)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.net(features).squeeze(-1)
+
+
+class Actor(nn.Module):
+    """Normal policy with a bounded mean and standard deviation (the reference's bounded_normal).
+
+    mean = tanh(.), std = (max - min) sigmoid(. + 2) + min.
+    """
+
+    def __init__(
+        self, features: int, action: int, units: int, layers: int, min_std: float, max_std: float
+    ):
+        super().__init__()
+        self.net = DreamerV3MLP(
+            features, 2 * action, depth=layers, num_cells=units, outscale=0.01
+        )
+        self.min_std, self.max_std = min_std, max_std
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., F] -> mean, std: [..., A] each."""
+        mean, std = self.net(features).chunk(2, -1)
+        std = (self.max_std - self.min_std) * torch.sigmoid(std + 2) + self.min_std
+        return torch.tanh(mean), std
+
+    @staticmethod
+    def log_prob(mean: Tensor, std: Tensor, action: Tensor) -> Tensor:
+        """log-density of `action`, summed over A: [...]."""
+        normal = ((action - mean) / std).square() / 2 + std.log() + math.log(2 * math.pi) / 2
+        return -normal.sum(-1)
+
+    @staticmethod
+    def entropy(std: Tensor) -> Tensor:
+        """Entropy summed over A: [...]."""
+        return (std.log() + (1 + math.log(2 * math.pi)) / 2).sum(-1)

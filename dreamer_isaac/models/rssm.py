@@ -1,0 +1,198 @@
+"""Recurrent state-space model: block-diagonal GRU with a categorical stochastic state.
+
+Hafner et al. 2023 (arXiv 2301.04104) and its reference code. `belief` is the deterministic state
+h, `state` the stochastic one z (one-hot, flattened). The networks equal TorchRL's `RSSMPriorV3`
+with `recurrent_model="block_gru"` and `RSSMPosteriorV3` with `use_rms_norm=True`; they are our own
+so that everything that does not depend on the recurrence can be computed for all steps at once:
+the recurrence (`core`) takes the projected action, and the posterior the projected embedding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORM_EPS = 1e-4
+
+
+def init_linear(module: nn.Module, scale: float = 1.0) -> None:
+    """The reference's initialisation: truncated normal of variance 1/fan_in, zero bias.
+
+    1.1368 undoes the loss of variance of a normal cut at two standard deviations.
+    """
+    if isinstance(module, nn.Linear):
+        std = 1.1368 * module.in_features**-0.5
+        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        with torch.no_grad():
+            module.weight.mul_(scale)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square normalisation with a learned scale (eps 1e-4, as the reference has it)."""
+
+    def __init__(self, features: int):
+        super().__init__(features, eps=NORM_EPS)
+
+
+def layer(inputs: int, outputs: int) -> nn.Sequential:
+    """Linear, RMS norm, SiLU."""
+    block = nn.Sequential(nn.Linear(inputs, outputs), RMSNorm(outputs), nn.SiLU())
+    block.apply(init_linear)
+    return block
+
+
+class BlockLinear(nn.Module):
+    """G independent linear maps on G equal parts of the input; `[..., G*I] -> [..., G*O]`."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int):
+        super().__init__()
+        if inputs % blocks or outputs % blocks:
+            raise ValueError(f"{inputs} and {outputs} must be multiples of {blocks} blocks.")
+        self.blocks = blocks
+        self.weight = nn.Parameter(torch.empty(blocks, inputs // blocks, outputs // blocks))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        std = 1.1368 * inputs**-0.5  # the reference divides by the whole width, not by a block's
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lead = x.shape[:-1]
+        x = x.reshape(-1, self.blocks, x.shape[-1] // self.blocks).transpose(0, 1)
+        x = torch.bmm(x, self.weight).transpose(0, 1)
+        return x.reshape(*lead, -1) + self.bias
+
+
+class RSSM(nn.Module):
+    """The world model's dynamics.
+
+    Args:
+        action: A, action components.
+        embedding: E, width of the encoder's output.
+        belief: D. hidden: width of the projections. categoricals: S. classes: K.
+        blocks: blocks of the GRU. unimix: uniform share of every categorical.
+    """
+
+    def __init__(
+        self,
+        action: int,
+        embedding: int,
+        belief: int,
+        hidden: int,
+        categoricals: int,
+        classes: int,
+        blocks: int,
+        unimix: float,
+    ):
+        super().__init__()
+        self.belief, self.categoricals, self.classes = belief, categoricals, classes
+        self.blocks, self.unimix = blocks, unimix
+        self.state = categoricals * classes
+        self.belief_in = layer(belief, hidden)
+        self.state_in = layer(self.state, hidden)
+        self.action_in = layer(action, hidden)
+        self.mix = BlockLinear(belief + 3 * hidden * blocks, belief, blocks)
+        self.mix_norm = RMSNorm(belief)
+        self.gates = BlockLinear(belief, 3 * belief, blocks)
+        self.prior = nn.Sequential(
+            *layer(belief, hidden), *layer(hidden, hidden), nn.Linear(hidden, self.state)
+        )
+        # One linear map over [belief, embedding], kept as two factors of one weight so that the
+        # embedding's part can leave the time loop.
+        self.posterior_in = nn.Linear(belief + embedding, hidden)
+        self.posterior_norm = RMSNorm(hidden)
+        self.posterior_out = nn.Linear(hidden, self.state)
+        for module in (self.prior[-1], self.posterior_in, self.posterior_out):
+            init_linear(module)
+
+    # -- pieces without recurrence: all time steps at once -------------------------------------
+
+    def project_action(self, action: Tensor) -> Tensor:
+        """[..., A] -> [..., hidden]. Actions above 1 in size are scaled to 1 (reference)."""
+        return self.action_in(action / action.detach().abs().clamp_min(1))
+
+    def project_embedding(self, embedding: Tensor) -> Tensor:
+        """[..., E] -> [..., hidden]: the embedding's share of the posterior's first layer."""
+        weight = self.posterior_in.weight[:, self.belief :]
+        return F.linear(embedding, weight, self.posterior_in.bias)
+
+    def prior_logits(self, belief: Tensor) -> Tensor:
+        """[..., D] -> [..., S, K]."""
+        return self.prior(belief).unflatten(-1, (self.categoricals, self.classes))
+
+    # -- the recurrence ------------------------------------------------------------------------
+
+    def core(self, belief: Tensor, state: Tensor, action: Tensor) -> Tensor:
+        """h' = GRU(h, [z, a]) with block-diagonal weights.
+
+        Args:
+            belief: [N, D]. state: [N, S*K]. action: [N, hidden], from `project_action`.
+
+        Returns:
+            [N, D].
+        """
+        g = self.blocks
+        inputs = torch.cat([self.belief_in(belief), self.state_in(state), action], -1)
+        inputs = inputs.unsqueeze(-2).expand(*inputs.shape[:-1], g, inputs.shape[-1])
+        x = torch.cat([belief.unflatten(-1, (g, -1)), inputs], -1).flatten(-2)
+        x = F.silu(self.mix_norm(self.mix(x)))
+        reset, candidate, update = self.gates(x).unflatten(-1, (g, 3, -1)).unbind(-2)
+        candidate = torch.tanh(torch.sigmoid(reset) * candidate).flatten(-2)
+        update = torch.sigmoid(update.flatten(-2) - 1)
+        return update * candidate + (1 - update) * belief
+
+    def posterior_logits(self, belief: Tensor, embedding: Tensor) -> Tensor:
+        """[N, D], [N, hidden] (from `project_embedding`) -> [N, S, K]."""
+        x = F.linear(belief, self.posterior_in.weight[:, : self.belief]) + embedding
+        x = self.posterior_out(F.silu(self.posterior_norm(x)))
+        return x.unflatten(-1, (self.categoricals, self.classes))
+
+    def initial_belief(self) -> Tensor:
+        """[D]: the belief at the first observation of an episode, core(0, 0, 0)."""
+        weight = self.posterior_in.weight
+        zeros = weight.new_zeros(1, self.belief + self.state + self.action_in[0].in_features)
+        belief, state, action = zeros.split(
+            [self.belief, self.state, self.action_in[0].in_features], -1
+        )
+        return self.core(belief, state, self.project_action(action))[0]
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """Probabilities with the uniform share mixed in; shape of `logits`."""
+        probs = torch.softmax(logits, -1)
+        return (1 - self.unimix) * probs + self.unimix / self.classes
+
+    def sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """One-hot sample by inverse CDF, straight-through gradient of the probabilities.
+
+        Args:
+            logits: [..., S, K]. uniform: [..., S] in [0, 1).
+
+        Returns:
+            [..., S*K].
+        """
+        probs = self.probs(logits)
+        index = (uniform.unsqueeze(-1) > probs.cumsum(-1)).sum(-1).clamp_max(self.classes - 1)
+        return self._straight_through(index, probs)
+
+    def mode(self, logits: Tensor) -> Tensor:
+        """The most likely state, one-hot, [..., S*K]."""
+        return self._straight_through(logits.argmax(-1), self.probs(logits))
+
+    def _straight_through(self, index: Tensor, probs: Tensor) -> Tensor:
+        onehot = F.one_hot(index, self.classes).to(probs.dtype)
+        return (probs + (onehot - probs).detach()).flatten(-2)
+
+    def kl(self, left: Tensor, right: Tensor) -> Tensor:
+        """KL(left || right) of two sets of categoricals, [..., S, K] logits -> [...]."""
+        p, q = self.probs(left), self.probs(right)
+        return (p * (p.log() - q.log())).sum((-2, -1))
+
+    def compress(self, state: Tensor) -> Tensor:
+        """[..., S*K] one-hot -> [..., S] class indices in a byte, as replay stores them."""
+        return state.unflatten(-1, (self.categoricals, self.classes)).argmax(-1).to(torch.uint8)
+
+    def expand(self, index: Tensor) -> Tensor:
+        """The reverse of `compress`, in the networks' dtype."""
+        onehot = F.one_hot(index.long(), self.classes).flatten(-2)
+        return onehot.to(self.posterior_in.weight.dtype)
