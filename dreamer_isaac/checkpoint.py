@@ -1,0 +1,203 @@
+"""Checkpoints: a folder of files each, written under a temporary name and renamed when complete.
+
+    <run>/checkpoints/000000409600/   networks.pt  learner.pt  meta.json  [replay.pt  exact.pt]
+    <run>/checkpoints/latest          the name of the newest, replaced atomically
+
+`meta.json` is written last and holds the size and CRC-32 of the other files: a checkpoint is
+complete exactly when it reads and they agree. A run that was killed at any moment leaves at worst
+a `*.partial` folder, which the next save removes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+"""Raised when the contents change so that older ones cannot be read."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; nothing of it has been loaded."""
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _crc(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: `<run>/checkpoints`. keep: newest ones kept.
+    """
+
+    def __init__(self, folder: Path, keep: int = 3):
+        self.folder, self.keep = folder, keep
+
+    def save(self, frames: int, parts: dict[str, Any], meta: dict[str, Any]) -> Path:
+        """Write `parts` (file name without `.pt` -> state) completely, or not at all.
+
+        Raises:
+            CheckpointError: when it cannot be written (full disk, read-only folder); older
+                checkpoints are untouched.
+        """
+        name = f"{frames:012d}"
+        partial = self.folder / f"{name}.partial"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob("*.partial"):
+                shutil.rmtree(leftover)
+            partial.mkdir()
+            files = {}
+            for part, state in parts.items():
+                path = partial / f"{part}.pt"
+                torch.save(state, path)
+                _sync(path)
+                files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc(path)}
+            meta = meta | {"format": FORMAT, "frames": frames, "files": files}
+            (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+            _sync(partial / "meta.json")
+            final = self.folder / name
+            if final.exists():  # the same frame again: the old one goes only now
+                shutil.rmtree(final)
+            os.rename(partial, final)
+            self._point(name)
+            _sync(self.folder)
+        except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"cannot save {self.folder / name}: {e}. Older checkpoints are intact. Remedy: "
+                "free disk space or make the folder writable, then run the same command again."
+            ) from e
+        for old in self.complete()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def _point(self, name: str) -> None:
+        temporary = self.folder / "latest.partial-file"
+        temporary.write_text(name + "\n")
+        _sync(temporary)
+        os.replace(temporary, self.folder / "latest")
+
+    def complete(self) -> list[Path]:
+        """Folders of complete checkpoints (by name and meta.json), oldest first."""
+        if not self.folder.is_dir():
+            return []
+        found = [p for p in self.folder.iterdir() if p.name.isdigit() and (p / "meta.json").exists()]
+        return sorted(found)
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint, or None."""
+        found = self.complete()
+        return found[-1] if found else None
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint that a user means: a run folder, its `checkpoints`, one checkpoint in it, or
+    a file of one.
+
+    Raises:
+        CheckpointError: with what is there instead.
+    """
+    given = Path(path)
+    if not given.exists():
+        raise CheckpointError(f"{given} does not exist.")
+    if given.is_file():
+        given = given.parent
+    if (given / "meta.json").exists():
+        return given
+    for folder in (given / "checkpoints", given):
+        latest = Checkpoints(folder).latest()
+        if latest:
+            return latest
+    there = ", ".join(sorted(p.name for p in given.iterdir())[:10]) or "nothing"
+    raise CheckpointError(f"{given} holds no complete checkpoint (there: {there}).")
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """`meta.json` of one checkpoint.
+
+    Raises:
+        CheckpointError: when it is damaged or of another program.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        files, version = meta["files"], meta["format"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{folder} is no checkpoint of dreamer_isaac: {e!r}") from e
+    if version != FORMAT:
+        raise CheckpointError(
+            f"{folder} has format {version}, this version reads {FORMAT}. Remedy: the version of "
+            "dreamer_isaac that wrote it."
+        )
+    for name, expected in files.items():
+        path = folder / name
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing: the checkpoint is damaged.")
+        if path.stat().st_size != expected["bytes"] or _crc(path) != expected["crc32"]:
+            raise CheckpointError(
+                f"{path} is damaged ({path.stat().st_size} bytes, {expected['bytes']} were "
+                f"written). Remedy: remove {folder}; the one before it is used then."
+            )
+    return meta
+
+
+def load(folder: Path, parts: list[str], device: torch.device) -> dict[str, Any]:
+    """Read and check everything first, so that nothing is ever half-loaded.
+
+    Returns:
+        `parts` that exist, by name, and `meta`.
+
+    Raises:
+        CheckpointError
+    """
+    out: dict[str, Any] = {"meta": read_meta(folder)}
+    for part in parts:
+        path = folder / f"{part}.pt"
+        if path.name not in out["meta"]["files"]:
+            continue
+        try:
+            # Exact state holds numpy's and Python's generator states, which are no tensors.
+            out[part] = torch.load(path, map_location=device, weights_only=part != "exact")
+        except Exception as e:  # unpickling can raise anything
+            raise CheckpointError(f"{path} cannot be read: {e}") from e
+    return out
+
+
+def load_networks(module: torch.nn.Module, state: dict[str, Any], source: Path) -> None:
+    """Load a state dict after comparing every name and shape.
+
+    Raises:
+        CheckpointError: naming the first differences; nothing is loaded then.
+    """
+    own = module.state_dict()
+    odd = [f"{k} {'missing' if k in own else 'unknown'}" for k in sorted(own.keys() ^ state.keys())]
+    odd += [
+        f"{k} is {tuple(state[k].shape)} there, {tuple(own[k].shape)} here"
+        for k in own.keys() & state.keys() if own[k].shape != state[k].shape
+    ]  # fmt: skip
+    if odd:
+        raise CheckpointError(
+            f"the networks in {source} are of another shape: {'; '.join(odd[:4])}. Remedy: the same "
+            "size=, model.* and task as the run that saved them."
+        )
+    module.load_state_dict(state)

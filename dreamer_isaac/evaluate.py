@@ -1,0 +1,257 @@
+"""Deterministic episodes, their video, and how well the world model predicts without looking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dreamer_isaac.config import EvaluationConfig
+from dreamer_isaac.envs.contract import SimEnv
+from dreamer_isaac.models import Agent, Carry
+
+
+@dataclass
+class Trajectory:
+    """What env 0..M-1 went through from their first observation on, for the open-loop plot."""
+
+    obs: Tensor
+    """[M, T, O]"""
+    action: Tensor
+    """[M, T, A]"""
+    belief: Tensor
+    """[M, T, D]"""
+    state: Tensor
+    """[M, T, S*K]"""
+    done: Tensor
+    """[M, T]: the action ended the episode."""
+
+
+@dataclass
+class Episodes:
+    """Results of an evaluation."""
+
+    returns: np.ndarray
+    """[E]"""
+    lengths: np.ndarray
+    """[E], env steps"""
+    trajectory: Trajectory
+    frames: list[np.ndarray]
+    """Video frames [height, width, 3] uint8."""
+
+    def summary(self) -> dict[str, float | int]:
+        """Mean, standard error of the mean, lengths and count."""
+        count = len(self.returns)
+        spread = self.returns.std(ddof=1) if count > 1 else 0.0
+        return {
+            "return_mean": float(self.returns.mean()),
+            "return_stderr": float(spread / np.sqrt(count)),
+            "length_mean": float(self.lengths.mean()),
+            "episodes": count,
+        }
+
+
+def play(
+    env: SimEnv,
+    agent: Agent,
+    cfg: EvaluationConfig,
+    seed: int,
+    say: Callable[[str], None] = lambda _: None,
+    watched: int = 16,
+) -> Episodes:
+    """Play the same number of episodes in every env, `cfg.episodes` in all at least.
+
+    The same number from every env, because taking whichever finish first would favour the short
+    ones.
+
+    Args:
+        cfg: `policy` chooses trained (deterministic), uniformly random or zero actions.
+        watched: envs whose trajectory is kept.
+    """
+    envs = env.info.num_envs
+    rounds = -(-cfg.episodes // envs)
+    generator = torch.Generator(device=env.device).manual_seed(seed)
+    carry = agent.initial_carry(envs)
+    device = env.device
+    returns = torch.zeros(envs, rounds, dtype=torch.float64, device=device)
+    lengths = torch.zeros_like(returns)
+    finished = torch.zeros(envs, dtype=torch.long, device=device)
+    greedy = torch.ones(envs, dtype=torch.bool, device=device)
+    watched = min(watched, envs)
+    kept: list[tuple[Tensor, ...]] = []
+    frames: list[np.ndarray] = []
+    limit = int(cfg.video_seconds / env.info.step_dt)
+    recording = cfg.video
+    longest = env.info.max_episode_length * rounds + 1
+    obs, is_first = env.reset()
+    for t in range(longest):
+        uniform = torch.rand(envs, agent.rssm.categoricals, generator=generator, device=device)
+        normal = torch.zeros(envs, agent.action, device=device)
+        belief, state, action = agent.act(obs, is_first, carry, uniform, normal, greedy)
+        if cfg.policy == "random":
+            draw = torch.rand(action.shape, generator=generator, device=device)
+            action = (2 * draw - 1) * env.action_bound
+        elif cfg.policy == "zero":
+            action = torch.zeros_like(action)
+        if recording and t < limit:
+            frame = env.render()
+            if frame is None:
+                recording = False
+                say("no video: this simulator has no off-screen renderer here")
+            else:
+                frames.append(np.asarray(frame).copy())
+        executed, outcome, following = env.step(action)
+        open_ = finished < rounds
+        slot = finished.clamp_max(rounds - 1).unsqueeze(1)
+        returns.scatter_add_(1, slot, (outcome.reward.double() * open_).unsqueeze(1))
+        lengths.scatter_add_(1, slot, open_.double().unsqueeze(1))
+        finished += outcome.done & open_
+        if len(kept) < 4 * cfg.open_loop_steps:
+            row = (obs, executed, belief, state, outcome.done)
+            kept.append(tuple(x[:watched] for x in row))
+        carry = Carry(belief, state, executed)
+        obs, is_first = following
+        if t % 16 == 15 and bool((finished >= rounds).all()):
+            break
+    else:
+        if not bool((finished >= rounds).all()):
+            raise RuntimeError(f"an episode ran longer than {env.info.max_episode_length} steps")
+    env.check_finite()
+    columns = [torch.stack(x, 1) for x in zip(*kept, strict=True)]
+    return Episodes(
+        returns.flatten().cpu().numpy(), lengths.flatten().cpu().numpy(),
+        Trajectory(*columns), frames,
+    )  # fmt: skip
+
+
+@dataclass
+class OpenLoop:
+    """Predictions from one posterior on, fed with the actions that were really taken."""
+
+    truth: np.ndarray
+    """[M, T, O]"""
+    prediction: np.ndarray
+    """[M, T, O]"""
+    error: np.ndarray
+    """[T] root mean square over envs and components, each divided by its spread in the data, so
+    that 1 is what predicting the mean would give."""
+
+
+def open_loop(agent: Agent, trajectory: Trajectory, steps: int) -> OpenLoop | None:
+    """Predict `steps` steps ahead from the posterior after a few observed ones.
+
+    Only envs whose episode did not end meanwhile are used; None when there are none. The episode
+    start is looked for as late as possible, so that the posterior has seen something.
+    """
+    length = trajectory.obs.shape[1]
+    for start in range(min(length - steps - 1, steps), -1, -5):
+        span = slice(start, start + steps)
+        whole = ~trajectory.done[:, start : start + steps].any(1)
+        if bool(whole.any()):
+            break
+    else:
+        return None
+    carry = Carry(
+        trajectory.belief[whole, start], trajectory.state[whole, start],
+        trajectory.action[whole, start],
+    )  # fmt: skip
+    prediction = agent.predict(carry, trajectory.action[whole, span])
+    truth = trajectory.obs[whole, start + 1 : start + steps + 1]
+    prediction = prediction[:, : truth.shape[1]]
+    spread = truth.std((0, 1)).clamp_min(1e-3)
+    error = ((prediction - truth) / spread).square().mean((0, 2)).sqrt()
+    return OpenLoop(truth.cpu().numpy(), prediction.cpu().numpy(), error.cpu().numpy())
+
+
+def write_video(path: Path, frames: list[np.ndarray], fps: float) -> None:
+    """H.264 in an mp4 that every player and browser opens.
+
+    Raises:
+        RuntimeError: when no ffmpeg can be found or it fails.
+    """
+    import imageio.v2 as imageio
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.stem + ".partial.mp4")
+    with imageio.get_writer(temporary, fps=fps, codec="libx264", macro_block_size=2) as writer:
+        for frame in frames:
+            writer.append_data(frame)
+    temporary.replace(path)
+
+
+def plots(folder: Path, rows: list[dict[str, str]], loop: OpenLoop | None, names: list[str],
+          title: str) -> list[Path]:  # fmt: skip
+    """Learning curve, losses and open-loop prediction as PNG files.
+
+    Args:
+        rows: of metrics.csv. names: of the observation's components.
+
+    Returns:
+        The files written.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+
+    def series(column: str) -> tuple[list[float], list[float]]:
+        points = [(float(r["frames"]), float(r[column])) for r in rows if r.get(column)]
+        return [p[0] for p in points], [p[1] for p in points]
+
+    def save(figure: Any, name: str) -> None:
+        figure.suptitle(title, fontsize=11)
+        figure.tight_layout()
+        figure.savefig(folder / name, dpi=110)
+        plt.close(figure)
+        written.append(folder / name)
+
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for column, label in (("episode/return", "training rows"), ("eval/return", "deterministic")):
+        x, y = series(column)
+        if x:
+            axis.plot(x, y, marker=".", label=label)
+    axis.set(xlabel="frames", ylabel="episode return")
+    axis.grid(alpha=0.3)
+    if axis.lines:
+        axis.legend()
+        save(figure, "learning_curve.png")
+    else:
+        plt.close(figure)
+
+    losses = ["reconstruction", "reward", "continue", "dynamics", "representation", "critic"]
+    figure, axes = plt.subplots(2, 3, figsize=(10, 5.5), sharex=True)
+    for axis, name in zip(axes.flat, losses, strict=True):
+        x, y = series(f"loss/{name}")
+        axis.plot(x, y)
+        axis.set_title(name, fontsize=10)
+        axis.grid(alpha=0.3)
+    for axis in axes[1]:
+        axis.set_xlabel("frames")
+    save(figure, "losses.png")
+
+    if loop is not None:
+        shown = min(8, loop.truth.shape[2])
+        figure, axes = plt.subplots(-(-(shown + 1) // 3), 3, figsize=(11, 2.4 * -(-(shown + 1) // 3)))
+        flat = axes.flat
+        for i in range(shown):
+            flat[i].plot(loop.truth[0, :, i], label="truth")
+            flat[i].plot(loop.prediction[0, :, i], "--", label="open loop")
+            flat[i].set_title(names[i], fontsize=9)
+            flat[i].grid(alpha=0.3)
+        flat[0].legend(fontsize=8)
+        flat[shown].plot(loop.error, color="k")
+        flat[shown].set_title("error / spread, all components", fontsize=9)
+        flat[shown].set_ylim(bottom=0)
+        flat[shown].grid(alpha=0.3)
+        for axis in list(flat)[shown + 1 :]:
+            axis.axis("off")
+        save(figure, "open_loop.png")
+    return written

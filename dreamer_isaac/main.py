@@ -1,0 +1,203 @@
+"""From a checked configuration to a finished run: builds the parts, then trains or evaluates."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dreamer_isaac import checkpoint, cli, evaluate
+from dreamer_isaac.config import Config, ConfigError, build, to_dict
+from dreamer_isaac.envs import make_env
+from dreamer_isaac.envs.contract import SimEnv
+from dreamer_isaac.launch import choose_backend
+from dreamer_isaac.logger import Console, duration
+from dreamer_isaac.models import Agent
+
+
+def main(cfg: Config) -> int:
+    """Run `cfg`; returns the exit code and says every error in words."""
+    try:
+        folder = Path(cfg.run.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        console = Console(folder / "log.txt")
+    except OSError as e:
+        print(f"error: run.dir={cfg.run.dir} cannot be written: {e}. Remedy: another run.dir.",
+              file=sys.stderr)  # fmt: skip
+        return 1
+    try:
+        if cfg.mode == "train":
+            from dreamer_isaac.train import train
+
+            return train(cfg, folder, console)
+        return evaluate_run(cfg, folder, console)
+    except ConfigError as e:
+        console.say(f"error: {e}")
+        return 2
+    except Exception as e:
+        if not isinstance(e, checkpoint.CheckpointError):
+            (folder / "traceback.txt").write_text(traceback.format_exc()) if os.access(
+                folder, os.W_OK
+            ) else None
+        console.say(f"error: {type(e).__name__}: {e}")
+        if (folder / "traceback.txt").exists():
+            console.say(f"the traceback is in {folder / 'traceback.txt'}")
+        return 1
+    finally:
+        console.close()
+
+
+def devices(cfg: Config) -> tuple[torch.device, torch.device]:
+    """Simulation device and learner device.
+
+    Raises:
+        ConfigError: for a device that is not here.
+    """
+    count = torch.cuda.device_count()
+
+    def pick(path: str, wanted: str, auto: str) -> torch.device:
+        name = auto if wanted == "auto" else wanted
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise ConfigError([f"{path}={wanted}: allowed are auto, cpu, cuda, cuda:0, ..."]) from None
+        if device.type == "cuda" and (device.index or 0) >= count:
+            raise ConfigError([f"{path}={wanted}: this machine has {count} CUDA devices. Remedy: "
+                               f"{path}=auto."])  # fmt: skip
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", 0)
+        return device
+
+    auto = "cuda:0" if count else "cpu"
+    sim = pick("env.device", cfg.env.device, auto)
+    learn = pick("optimization.device", cfg.optimization.device, str(sim))
+    if sim != learn:
+        raise ConfigError([f"env.device={sim} and optimization.device={learn} differ: collecting on "
+                           "one device and learning on another is not built yet."])  # fmt: skip
+    return sim, learn
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that a result depends on."""
+    out = {"python": platform.python_version()}
+    for name in ("dreamer_isaac", "torch", "torchrl", "tensordict", "mjlab", "mujoco",
+                 "mujoco-warp", "warp-lang", "isaaclab"):  # fmt: skip
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def seed_everything(seed: int) -> None:
+    """The global generators, which simulators and initialisation draw from."""
+    import random
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def start_simulator(
+    cfg: Config, console: Console, device: torch.device, render: bool = False
+) -> SimEnv:
+    """Choose and build the environment, saying which and why."""
+    backend, reason = choose_backend(cfg)
+    console.say(f"simulator: {backend} ({reason}), task {cfg.env.name}, {cfg.env.num_envs} envs on "
+                f"{device}; the first start on a machine compiles its kernels")  # fmt: skip
+    start = time.monotonic()
+    env = make_env(cfg, backend, device, render)
+    info = env.info
+    console.say(f"simulator ready in {duration(time.monotonic() - start)}: observation "
+                f"{info.observation}, action {info.action}, {info.step_dt * 1000:.1f} ms a step, "
+                f"episodes of {info.max_episode_length} steps")  # fmt: skip
+    return env
+
+
+def make_agent(cfg: Config, env: SimEnv, device: torch.device) -> Agent:
+    """The networks for this task."""
+    return Agent(env.info.observation, env.info.action, cfg.model, cfg.algo).to(device)
+
+
+def report(
+    cfg: Config, folder: Path, env: SimEnv, agent: Agent, console: Console,
+    rows: list[dict[str, str]],
+) -> dict[str, Any]:  # fmt: skip
+    """The final evaluation: episodes, video and plots, in the run folder.
+
+    Returns:
+        The `evaluation` part of summary.json.
+    """
+    start = time.monotonic()
+    episodes = evaluate.play(env, agent, cfg.evaluation, cfg.env.seed + 1, console.say)
+    summary = episodes.summary()
+    console.say(f"evaluation ({cfg.evaluation.policy} policy): return {summary['return_mean']:.3f} +- "
+                f"{summary['return_stderr']:.3f} over {summary['episodes']} episodes of "
+                f"{summary['length_mean']:.0f} steps on average "
+                f"({duration(time.monotonic() - start)})")  # fmt: skip
+    if episodes.frames:
+        path = folder / "videos" / "evaluation.mp4"
+        try:
+            evaluate.write_video(path, episodes.frames, 1 / env.info.step_dt)
+            console.say(f"video: {path}")
+        except Exception as e:  # a missing encoder must not cost the run its result
+            console.say(f"no video: {type(e).__name__}: {e}")
+    loop = None
+    if cfg.evaluation.policy == "trained":
+        loop = evaluate.open_loop(agent, episodes.trajectory, cfg.evaluation.open_loop_steps)
+    if rows or loop is not None:
+        evaluate.plots(folder / "plots", rows, loop, env.info.observation_names, cfg.env.name)
+    if loop is not None:
+        summary["open_loop_error"] = float(loop.error.mean())
+    return summary
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write completely or not at all."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def evaluate_run(cfg: Config, folder: Path, console: Console) -> int:
+    """`mode=evaluate`: a trained policy, or a baseline without one."""
+    device, _ = devices(cfg)
+    state: dict[str, Any] | None = None
+    if cfg.evaluation.policy == "trained":
+        found = checkpoint.find(cfg.checkpoint.path)
+        state = checkpoint.load(found, ["networks"], device)
+        saved = build(state["meta"]["config"])
+        cfg.model, cfg.algo = saved.model, saved.algo
+        cfg.env.action_bound = saved.env.action_bound
+        console.say(f"checkpoint: {found}")
+    seed_everything(cfg.env.seed)
+    (folder / "config.yaml").write_text(cli.dump(to_dict(cfg)))
+    env = start_simulator(cfg, console, device, cfg.evaluation.video)
+    agent = make_agent(cfg, env, device)
+    if state is not None:
+        names = state["meta"]["task"]
+        for kind in ("observation_names", "action_names"):
+            if names[kind] != getattr(env.info, kind):
+                raise checkpoint.CheckpointError(
+                    f"the checkpoint is for {names['task']} ({len(names[kind])} {kind}), this task "
+                    f"is {env.info.task} ({len(getattr(env.info, kind))}) with other names or order"
+                )
+        checkpoint.load_networks(agent, state["networks"], found)
+    summary = report(cfg, folder, env, agent, console, [])
+    write_json(folder / "summary.json", {
+        "env": cfg.env.name, "backend": env.info.backend, "versions": versions(),
+        "device": str(device), "policy": cfg.evaluation.policy, "evaluation": summary,
+        "exit_reason": "finished",
+    })  # fmt: skip
+    console.say(f"results: {folder}")
+    env.close()
+    return 0

@@ -1,0 +1,356 @@
+"""Training: the parts, then the loop."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from dreamer_isaac import checkpoint, cli
+from dreamer_isaac.checkpoint import Checkpoints
+from dreamer_isaac.collect import Sync
+from dreamer_isaac.config import Config, ConfigError, to_dict
+from dreamer_isaac.learner import Learner, NonFiniteError
+from dreamer_isaac.logger import Console, Logger, duration
+from dreamer_isaac.main import (
+    devices,
+    make_agent,
+    report,
+    seed_everything,
+    start_simulator,
+    versions,
+    write_json,
+)
+from dreamer_isaac.replay import Replay
+
+
+class Limiter:
+    """Owes the learner `ratio` trained steps for every stored one (the replay ratio).
+
+    Args:
+        batch: trained steps of one update. start: frames before which nothing is trained.
+    """
+
+    def __init__(self, ratio: float, batch: int, start: int):
+        self.ratio, self.batch, self.start = ratio, batch, start
+        self.credit = 0.0
+
+    def collected(self, frames: int, stored: int) -> None:
+        """Note `stored` new records; `frames` is the count so far."""
+        if frames > self.start:
+            self.credit += stored * self.ratio
+
+    def due(self, ready: bool) -> int:
+        """Updates that may be made now. What is owed while the buffer is still too empty to sample
+        from (a resumed run refills it) is dropped, not caught up on later."""
+        if not ready:
+            self.credit = 0.0
+            return 0
+        updates = int(self.credit // self.batch)
+        self.credit -= updates * self.batch
+        return updates
+
+
+class StopSignal:
+    """Remembers SIGINT and SIGTERM; a second one ends the program at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        def handle(number: int, _: FrameType | None) -> None:
+            if self.number:
+                raise KeyboardInterrupt
+            self.number = number
+
+        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for s, old in before.items():
+                signal.signal(s, old)
+
+
+class Run:
+    """All parts of one training run; `state`/`restore` are its checkpoint."""
+
+    def __init__(self, cfg: Config, folder: Path, console: Console):
+        self.cfg, self.folder, self.console = cfg, folder, console
+        self.sim_device, self.device = devices(cfg)
+        if cfg.optimization.num_threads:
+            torch.set_num_threads(cfg.optimization.num_threads)
+        seed_everything(cfg.env.seed)
+        self.env = start_simulator(cfg, console, self.sim_device, cfg.evaluation.video)
+        seed_everything(cfg.env.seed)  # the networks do not depend on what the simulator drew
+        self.agent = make_agent(cfg, self.env, self.device)
+        generators = [
+            torch.Generator(device=d).manual_seed(cfg.env.seed * 1000 + i)
+            for i, d in enumerate((self.sim_device, self.device, self.device))
+        ]
+        info, train_envs = self.env.info, cfg.env.num_envs - cfg.evaluation.num_envs
+        self.learner = Learner(self.agent, cfg.algo, cfg.optimization, generators[1])
+        self.replay = Replay(
+            cfg.replay_buffer, train_envs, info.observation, info.action, cfg.model,
+            self.device if cfg.replay_buffer.gpu_storage else torch.device("cpu"), generators[2],
+        )  # fmt: skip
+        self.limiter = Limiter(
+            cfg.optimization.replay_ratio, cfg.replay_buffer.batch_size,
+            cfg.collector.init_random_frames,
+        )  # fmt: skip
+        self.collector = Sync(
+            self.env, self.agent, self.replay.extend, generators[0],
+            cfg.collector.frames_per_batch // cfg.env.num_envs,
+            cfg.collector.init_random_frames, cfg.evaluation.num_envs,
+        )  # fmt: skip
+        self.checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep)
+        self.frames = 0
+        self.episodes = 0.0
+        self.seconds = 0.0
+        """Wall seconds of the training loop in earlier sessions of this run."""
+
+    def describe(self) -> None:
+        parameters = sum(p.numel() for p in self.learner.params.values())
+        self.console.say(f"networks: {parameters:,} parameters ({self.cfg.model.size}) on {self.device}")
+        self.console.say(self.replay.describe())
+
+    def save(self) -> None:
+        """A complete checkpoint of now.
+
+        Raises:
+            NonFiniteError: spoiled weights are never saved.
+            CheckpointError: it could not be written; older ones are intact.
+        """
+        self.learner.check_finite()
+        exact = self.cfg.checkpoint.exact
+        parts: dict[str, Any] = {
+            "networks": self.agent.state_dict(), "learner": self.learner.state_dict(),
+        }  # fmt: skip
+        if exact:
+            parts["exact"] = {
+                "collector": self.collector.state_dict(exact=True),
+                "credit": self.limiter.credit,
+            }
+        if exact or self.cfg.checkpoint.replay:
+            parts["replay"] = self.replay.state_dict()
+        info = self.env.info
+        self.checkpoints.save(self.frames, parts, {
+            "config": to_dict(self.cfg), "versions": versions(), "updates": self.learner.updates,
+            "episodes": self.episodes, "seconds": self.seconds, "exact": exact,
+            "task": {"task": info.task, "backend": info.backend,
+                     "observation_names": info.observation_names,
+                     "action_names": info.action_names},
+        })  # fmt: skip
+
+    def restore(self, found: Path) -> None:
+        """Go on from a checkpoint of this run.
+
+        Raises:
+            CheckpointError, ConfigError: nothing has been changed then.
+        """
+        parts = ["networks", "learner", "replay"] + (["exact"] if self.cfg.checkpoint.exact else [])
+        state = checkpoint.load(found, parts, self.device)
+        self._check_same_run(state["meta"]["config"])
+        if self.cfg.checkpoint.exact and "exact" not in state:
+            raise ConfigError([
+                f"checkpoint.exact=true, but {found} was saved without it. Remedy: "
+                "checkpoint.exact=false, or a new run.dir."
+            ])  # fmt: skip
+        checkpoint.load_networks(self.agent, state["networks"], found)
+        self.learner.load_state_dict(state["learner"])
+        meta = state["meta"]
+        self.frames, self.episodes, self.seconds = meta["frames"], meta["episodes"], meta["seconds"]
+        self.collector.frames = self.frames
+        self.collector.publish(self.learner.updates)
+        if "replay" in state:
+            self.replay.load_state_dict(state["replay"])
+        if "exact" in state:
+            self.collector.load_state_dict(state["exact"]["collector"])
+            self.limiter.credit = state["exact"]["credit"]
+        self.console.say(f"resumed from {found}: {self.frames:,} frames, {self.learner.updates:,} updates"
+                         + ("" if "replay" in state else "; the replay buffer is refilled first"))  # fmt: skip
+
+    def _check_same_run(self, saved: dict[str, Any]) -> None:
+        mine = to_dict(self.cfg)
+        fixed = [("env", k) for k in ("name", "num_envs", "seed", "cfg", "action_bound")]
+        fixed += [("model", k) for k in mine["model"]] + [("algo", "name"), ("evaluation", "num_envs")]
+        odd = [
+            f"{a}.{b}={mine[a][b]!r}, but the run has {saved[a].get(b)!r}"
+            for a, b in fixed if mine[a][b] != saved[a].get(b)
+        ]  # fmt: skip
+        if odd:
+            remedy = f"Remedy: the same values, or another run.dir than {self.folder}."
+            raise ConfigError([*odd, remedy])
+
+    def start_from(self, source: str) -> None:
+        """Take weights of another run (`checkpoint.init_from`); everything else starts fresh.
+
+        Raises:
+            CheckpointError
+        """
+        found = checkpoint.find(source)
+        state = checkpoint.load(found, ["networks"], self.device)["networks"]
+        modules = self.cfg.checkpoint.init_modules
+        chosen = [n for n, _ in self.agent.named_children()] if "all" in modules else modules
+        if "critic" in chosen and "slow_critic" not in chosen:
+            chosen = [*chosen, "slow_critic"]
+        own = self.agent.state_dict()
+        own |= {k: v for k, v in state.items() if k.split(".")[0] in chosen}
+        checkpoint.load_networks(self.agent, own, found)
+        self.console.say(f"weights of {', '.join(chosen)} from {found}")
+
+
+def train(cfg: Config, folder: Path, console: Console) -> int:
+    """Train to `collector.total_frames`, evaluate, report. Returns the exit code."""
+    found = Checkpoints(folder / "checkpoints").latest()
+    run = Run(cfg, folder, console)
+    run.replay.check_memory()
+    run.describe()
+    if cfg.checkpoint.exact:
+        run.collector.start()
+        run.env.state_dict()  # a simulator that cannot do this says so now, not at the first save
+    if found:
+        run.restore(found)
+    elif cfg.checkpoint.init_from:
+        run.start_from(cfg.checkpoint.init_from)
+    (folder / "config.yaml").write_text(cli.dump(to_dict(cfg)))
+    logger = Logger(folder, cfg.logger, to_dict(cfg))
+    logger.rewind(run.frames)
+    stop = StopSignal()
+    try:
+        with stop.installed():
+            reason = _loop(run, logger, stop)
+    except NonFiniteError:
+        torch.save(run.learner.last_batch, folder / "nonfinite_batch.pt")
+        console.say(f"the batch is in {folder / 'nonfinite_batch.pt'}")
+        raise
+    finally:
+        logger.close()
+    summary = _summary(run, reason)
+    if cfg.evaluation.final and not stop.number:
+        summary["evaluation"] = report(cfg, folder, run.env, run.agent, console, logger.rows())
+    write_json(folder / "summary.json", summary)
+    console.say(f"results: {folder}")
+    run.env.close()
+    return 128 + stop.number if stop.number else 0
+
+
+def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
+    """Collect and learn in turn; returns why it ended."""
+    cfg, learner, replay = run.cfg, run.learner, run.replay
+    meter = Meter(run)
+    metrics: dict[str, torch.Tensor] = {}
+    saved = logged = run.frames
+    most = cfg.optimization.max_updates or sys.maxsize
+    with run.collector as collector:
+        while run.frames < cfg.collector.total_frames and not stop.number:
+            run.frames += collector.step()
+            run.limiter.collected(run.frames, collector.steps * replay.envs)
+            for _ in range(run.limiter.due(replay.ready)):
+                batch = replay.sample()
+                metrics, latents = learner.update(batch)
+                replay.refresh(batch, latents)
+                if run.device.type == "cpu":
+                    learner.check_finite()  # costs nothing here, and keeps the batch that did it
+                if stop.number or learner.updates >= most:
+                    break
+            collector.publish(learner.updates)
+            limit = learner.updates >= most
+            done = run.frames >= cfg.collector.total_frames or bool(stop.number) or limit
+            if run.frames - logged >= cfg.logger.interval_frames or done:
+                logged = run.frames
+                learner.check_finite()
+                row = meter.row(metrics, collector.read_stats())
+                logger.write(row)
+                run.console.progress(meter.line(row), keep=True)
+            else:
+                run.console.progress(meter.line(meter.last), keep=False)
+            if run.frames - saved >= cfg.checkpoint.interval_frames or done:
+                saved = run.frames
+                run.seconds = meter.elapsed()
+                run.save()
+            if limit and not stop.number:
+                return "max_updates"
+    if stop.number:
+        run.console.say(f"stopped by {signal.Signals(stop.number).name}; the same command resumes: "
+                        f"run.dir={run.folder}")  # fmt: skip
+        return signal.Signals(stop.number).name
+    return "finished"
+
+
+class Meter:
+    """Rates, and the rows and lines that show them."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.started = self.window = time.monotonic()
+        self.before = (run.frames, run.learner.updates)
+        self.first = run.frames
+        self.last: dict[str, float] = {}
+
+    def elapsed(self) -> float:
+        """Wall seconds of the training loop, earlier sessions included."""
+        return self.base + time.monotonic() - self.started
+
+    @property
+    def base(self) -> float:
+        if not hasattr(self, "_base"):
+            self._base = self.run.seconds
+        return self._base
+
+    def row(self, metrics: dict[str, torch.Tensor], stats: dict[str, float]) -> dict[str, float]:
+        """One row of metrics since the last; the only place where the device is waited for."""
+        run, now = self.run, time.monotonic()
+        seconds = max(now - self.window, 1e-9)
+        frames, updates = run.frames - self.before[0], run.learner.updates - self.before[1]
+        run.episodes += stats.get("episode/episodes", 0.0)
+        names = list(metrics)
+        values = torch.stack([metrics[k].double() for k in names]).tolist() if names else []
+        row: dict[str, float] = {
+            "frames": run.frames, "updates": run.learner.updates, "episodes": run.episodes,
+            **stats, **dict(zip(names, values, strict=True)),
+            "replay_ratio": updates * run.cfg.replay_buffer.batch_size / max(frames, 1),
+            "time/seconds": self.elapsed(), "time/fps": frames / seconds,
+            "time/updates_per_second": updates / seconds,
+        }  # fmt: skip
+        self.window, self.before = now, (run.frames, run.learner.updates)
+        shown = ("episode/return", "eval/return")
+        self.last = {**{k: self.last[k] for k in shown if k in self.last}, **row}
+        return row
+
+    def line(self, row: dict[str, float]) -> str:
+        """The progress line."""
+        run, total = self.run, self.run.cfg.collector.total_frames
+        known = {**self.last, **row}
+        spent = time.monotonic() - self.started
+        done = run.frames - self.first
+        eta = spent / done * (total - run.frames) if done else 0.0
+        share = f"{run.frames:,}/{total:,} frames ({run.frames / total:.0%})"
+        score = "".join(
+            f", {label} {known[k]:.2f}"
+            for k, label in (("episode/return", "return"), ("eval/return", "eval")) if k in known
+        )  # fmt: skip
+        if run.learner.updates == 0:
+            score += ", filling the replay buffer"
+        return (f"{share}, {known.get('time/fps', 0):,.0f} frames/s, "
+                f"{known.get('time/updates_per_second', 0):.1f} updates/s{score}, "
+                f"ETA {duration(eta)}")  # fmt: skip
+
+
+def _summary(run: Run, reason: str) -> dict[str, Any]:
+    seconds = max(run.seconds, 1e-9)
+    gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else ""
+    return {
+        "env": run.cfg.env.name, "backend": run.env.info.backend, "versions": versions(),
+        "device": gpu or f"cpu, {torch.get_num_threads()} threads", "frames": run.frames,
+        "updates": run.learner.updates, "wall_seconds": run.seconds,
+        "fps": run.frames / seconds, "updates_per_second": run.learner.updates / seconds,
+        "episodes": int(run.episodes), "exit_reason": reason,
+    }  # fmt: skip
