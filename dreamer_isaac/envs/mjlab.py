@@ -73,9 +73,8 @@ def make_mjlab(cfg: Config, device: torch.device, render: bool) -> SimEnv:
     )
     with quiet:
         env = MJLabEnv(
-            name, cfg=task, num_envs=cfg.env.num_envs, device=device, native_autoreset=True,
-            render_mode="rgb_array" if render else None,
-        )  # fmt: skip
+            name, cfg=task, num_envs=cfg.env.num_envs, device=device, native_autoreset=True
+        )
     return MjlabEnv(env, name, group, cfg.env.action_bound, render)
 
 
@@ -85,6 +84,7 @@ class MjlabEnv(SimEnv):
     def __init__(self, env: Any, name: str, group: str, bound: float, render: bool):
         self.sim = env._env
         """mjlab's own ManagerBasedRlEnv."""
+        self.renderer: Any = None
         self.render_enabled = render
         names = observation_names(self.sim, group)
         info = EnvInfo(
@@ -101,7 +101,13 @@ class MjlabEnv(SimEnv):
         super().__init__(env, info, group, bound)
 
     def render(self) -> np.ndarray | None:
-        return self.sim.render() if self.render_enabled else None
+        if not self.render_enabled:
+            return None
+        if self.renderer is None:  # built when first needed: it costs seconds
+            from dreamer_isaac.envs.render import Renderer
+
+            self.renderer = Renderer(self.sim)
+        return self.renderer.frame()
 
     def state_dict(self) -> dict[str, Any]:
         """Warp data, the managers' tensors and counters, and the global generators, which
@@ -176,7 +182,7 @@ def _action_labels(sim: Any, width: int) -> list[str]:
 
 _SKIP = ("cfg", "_cfg", "metadata", "model", "mj_model", "mj_data", "single_action_space",
          "single_observation_space", "action_space", "observation_space", "viewer",
-         "_offline_renderer", "spec", "nan_guard", "_env", "env", "extras")  # fmt: skip
+         "_offline_renderer", "renderer", "spec", "nan_guard", "_env", "env", "extras")  # fmt: skip
 
 
 def _objects(root: Any) -> Iterator[tuple[str, Any]]:
