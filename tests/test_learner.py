@@ -1,0 +1,468 @@
+"""The update against TorchRL's public loss in float64, and against hand-computed reset rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torchrl.modules.models.model_based as torchrl_models
+from tensordict import TensorDict
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictSequential,
+)
+from torch import Tensor, nn
+from torchrl.data import Composite, Unbounded
+from torchrl.envs.model_based.dreamer import DreamerEnv
+from torchrl.modules import SymExpTwoHot, WorldModelWrapper
+from torchrl.modules.models.model_based import RSSMPosteriorV3, RSSMPriorV3, RSSMRolloutV3
+from torchrl.objectives import (
+    DreamerV3ActorLoss,
+    DreamerV3Loss,
+    DreamerV3ModelLoss,
+    DreamerV3ValueLoss,
+)
+
+from dreamer_isaac.config import AlgoConfig, ModelConfig, OptimizationConfig
+from dreamer_isaac.learner import Learner, Noise, lambda_return
+from dreamer_isaac.models import Agent
+
+B, T, O, A, H = 3, 5, 6, 2, 4
+MODEL = ModelConfig(
+    size="tiny", belief=16, hidden=8, categoricals=3, classes=4, blocks=2, units=10,
+    encoder_layers=2, decoder_layers=2, actor_layers=2, critic_layers=2, bins=21,
+)  # fmt: skip
+ALGO = AlgoConfig(horizon=H)
+S, K, D = MODEL.categoricals, MODEL.classes, MODEL.belief
+
+
+@pytest.fixture(autouse=True)
+def double(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """float64 throughout. TorchRL's RMS norm computes in float32 whatever it is given, which would
+    hide everything below 1e-7; here it keeps the dtype (in our heads too, which are TorchRL's)."""
+    monkeypatch.setattr(
+        torchrl_models, "_dreamer_v3_rms_norm",
+        lambda x, weight, eps: nn.functional.rms_norm(x, (len(weight),), weight, eps),
+    )  # fmt: skip
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make_learner(**algo: Any) -> Learner:
+    torch.manual_seed(0)
+    agent = Agent(O, A, MODEL, AlgoConfig(**({"horizon": H} | algo)))
+    with torch.no_grad():  # heads start at zero and would hide their own gradients
+        for p in agent.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return Learner(agent, agent_algo(algo), OptimizationConfig(), torch.Generator().manual_seed(1))
+
+
+def agent_algo(algo: dict[str, Any]) -> AlgoConfig:
+    return AlgoConfig(**({"horizon": H} | algo))
+
+
+def make_batch(seed: int = 0) -> TensorDict:
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    flags = torch.zeros(B, T + 1, dtype=torch.bool)
+    return TensorDict(
+        obs=3 * draw(B, T + 1, O), action=draw(B, T + 1, A).clamp(-1, 1), reward=draw(B, T + 1),
+        is_first=flags.clone(), terminated=flags.clone(), truncated=flags.clone(),
+        belief=draw(B, T + 1, D), batch_size=[B, T + 1],
+        state_index=torch.randint(K, (B, T + 1, S), generator=g, dtype=torch.uint8),
+    )  # fmt: skip
+
+
+# -- against TorchRL ---------------------------------------------------------------------------
+
+
+class Split(nn.Module):
+    """[belief, state] features in our order, from TorchRL's separate keys."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, state: Tensor, belief: Tensor) -> Any:
+        return self.net(torch.cat([belief, state], -1))
+
+
+class Head(nn.Module):
+    """A two-hot head as (logits, mean)."""
+
+    def __init__(self, net: nn.Module, twohot: SymExpTwoHot):
+        super().__init__()
+        self.net, self.twohot = net, twohot
+
+    def forward(self, state: Tensor, belief: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.net(torch.cat([belief, state], -1))
+        return logits, self.twohot(logits)
+
+
+class Symexp(nn.Module):
+    """Our decoder predicts in symlog space, TorchRL's loss takes the symlog itself."""
+
+    def __init__(self, agent: Agent):
+        super().__init__()
+        self.agent = agent
+
+    def forward(self, state: Tensor, belief: Tensor) -> Tensor:
+        return self.agent.decoder.decode(torch.cat([belief, state], -1))
+
+
+class Continue(nn.Module):
+    def __init__(self, agent: Agent, probability: bool):
+        super().__init__()
+        self.agent, self.probability = agent, probability
+
+    def forward(self, state: Tensor, belief: Tensor) -> Tensor:
+        logit = self.agent.continuation(torch.cat([belief, state], -1)).unsqueeze(-1)
+        return logit.sigmoid() if self.probability else logit
+
+
+def torchrl_rssm(agent: Agent) -> tuple[RSSMPriorV3, RSSMPosteriorV3, dict[str, str]]:
+    """TorchRL's modules *sharing* our parameters, so that gradients land in one place."""
+    ours = agent.rssm
+    prior = RSSMPriorV3(
+        action_shape=torch.Size([A]), action_dim=A, hidden_dim=MODEL.hidden, rnn_hidden_dim=D,
+        num_categoricals=S, num_classes=K, recurrent_model="block_gru", num_blocks=MODEL.blocks,
+        unimix=MODEL.unimix,
+    )  # fmt: skip
+    posterior = RSSMPosteriorV3(
+        hidden_dim=MODEL.hidden, num_categoricals=S, num_classes=K, rnn_hidden_dim=D,
+        obs_embed_dim=MODEL.units, use_rms_norm=True, unimix=MODEL.unimix,
+    )  # fmt: skip
+
+    def share(theirs: nn.Module, mine: nn.Module) -> None:
+        for name, p in list(mine.named_parameters(recurse=False)):
+            theirs.register_parameter(name, p)
+
+    for theirs, mine in (
+        (prior.rnn.belief_projection, ours.belief_in), (prior.rnn.state_projection, ours.state_in),
+        (prior.rnn.action_projection, ours.action_in), (prior.rnn_to_prior_projector, ours.prior),
+    ):  # fmt: skip
+        for a, b in zip(theirs, mine, strict=True):
+            share(a, b)
+    share(prior.rnn.hidden_layers[0], ours.mix)
+    share(prior.rnn.hidden_layers[1], ours.mix_norm)
+    share(prior.rnn.gates, ours.gates)
+    layers = [m for m in posterior.modules() if not list(m.children())]
+    norms = [m for m in layers if isinstance(m, torchrl_models._DreamerV3RMSNorm)]
+    linears = [m for m in layers if isinstance(m, nn.Linear)]
+    share(linears[0], ours.posterior_in)
+    share(norms[0], ours.posterior_norm)
+    share(linears[1], ours.posterior_out)
+    return prior, posterior, {}
+
+
+def torchrl_loss(agent: Agent, algo: AlgoConfig) -> DreamerV3Loss:
+    prior, posterior, _ = torchrl_rssm(agent)
+    encoder = TensorDictModule(
+        agent.encoder, in_keys=[("next", "obs")], out_keys=[("next", "encoded_latents")]
+    )
+    rollout = RSSMRolloutV3(
+        TensorDictModule(
+            prior, in_keys=["state", "belief", "action"],
+            out_keys=[("next", "prior_logits"), ("next", "state"), ("next", "belief")],
+        ),
+        TensorDictModule(
+            posterior, in_keys=[("next", "belief"), ("next", "encoded_latents")],
+            out_keys=[("next", "posterior_logits"), ("next", "state")],
+        ),
+        reset_key="is_init",
+    )  # fmt: skip
+    features = [("next", "state"), ("next", "belief")]
+    twohot = agent.reward.twohot
+    world = TensorDictSequential(
+        encoder, rollout,
+        TensorDictModule(Symexp(agent), in_keys=features, out_keys=[("next", "reco_pixels")]),
+        TensorDictModule(
+            Head(agent.reward, twohot), in_keys=features,
+            out_keys=[("next", "reward_logits"), ("next", "reward")],
+        ),
+        TensorDictModule(
+            Continue(agent, False), in_keys=features, out_keys=[("next", "continue_pred")]
+        ),
+    )  # fmt: skip
+    imagination = WorldModelWrapper(
+        TensorDictModule(
+            prior, in_keys=["state", "belief", "action"], out_keys=["_", "state", "belief"]
+        ),
+        TensorDictModule(
+            Head(agent.reward, twohot), in_keys=["state", "belief"], out_keys=["_l", "reward"]
+        ),
+    )
+    env = DreamerEnv(imagination, prior_shape=(S * K,), belief_shape=(D,))
+    env.observation_spec = Composite(state=Unbounded(S * K), belief=Unbounded(D))
+    env.state_spec = env.observation_spec.clone()
+    env.action_spec = Unbounded((A,))
+    env.reward_spec = Unbounded((1,))
+    actor = ProbabilisticTensorDictSequential(
+        TensorDictModule(
+            Split(agent.actor), in_keys=["state", "belief"], out_keys=["loc", "scale"]
+        ),
+        ProbabilisticTensorDictModule(
+            in_keys=["loc", "scale"], out_keys=["action"], return_log_prob=True,
+            distribution_class=lambda loc, scale: torch.distributions.Independent(
+                torch.distributions.Normal(loc, scale), 1
+            ),
+        ),
+    )  # fmt: skip
+    value = TensorDictModule(
+        Head(agent.critic, agent.critic.twohot), in_keys=["state", "belief"],
+        out_keys=["value_logits", "state_value"],
+    )  # fmt: skip
+    model_loss = DreamerV3ModelLoss(
+        world, reward_two_hot=True, num_reward_bins=MODEL.bins, kl_mode="separate",
+        lambda_kl=1.0, lambda_dynamic=algo.dyn_scale, lambda_representation=algo.rep_scale,
+        free_bits=algo.free_nats, unimix=MODEL.unimix, lambda_continue=1.0,
+        continue_target_scale=1 - 1 / algo.discount_horizon, detach_output=False,
+        reco_symlog=True,
+    )  # fmt: skip
+    model_loss.set_keys(pixels="obs")
+    actor_loss = DreamerV3ActorLoss(
+        actor, value, env, imagination_horizon=H, use_reinforce=True,
+        entropy_bonus=algo.entropy,
+        continuation_model=TensorDictModule(
+            Continue(agent, True), in_keys=["state", "belief"], out_keys=["continuation"]
+        ),
+    )  # fmt: skip
+    actor_loss.make_value_estimator(gamma=1.0, lmbda=algo.lmbda)
+    value_loss = DreamerV3ValueLoss(
+        value, value_loss="two_hot", num_value_bins=MODEL.bins, actor_loss=actor_loss,
+        slow_critic_regularization=algo.slow_critic_scale,
+    )  # fmt: skip
+    value_loss.set_keys(value_logits="value_logits")
+    return DreamerV3Loss(
+        model_loss, actor_loss, value_loss, replay_value_loss_weight=algo.replay_critic_scale,
+        continuation_horizon=algo.discount_horizon, lmbda=algo.lmbda,
+    )  # fmt: skip
+
+
+def feed_noise(monkeypatch: pytest.MonkeyPatch, noise: Noise) -> None:
+    """TorchRL draws inside; hand it ours in the order in which it asks."""
+    uniforms = iter(noise.prior)
+    normals = iter(noise.action)
+
+    def rand(*shape: Any, **_: Any) -> Tensor:
+        size = tuple(shape[0]) if isinstance(shape[0], tuple | torch.Size) else tuple(shape)
+        if size == (T, 2, B, S):  # the window: prior draw (discarded) and posterior draw a step
+            return torch.stack([torch.zeros_like(noise.posterior), noise.posterior], 1)
+        assert size == (B * T, S), size
+        return next(uniforms)
+
+    def normal(shape: Any, dtype: Any = None, device: Any = None) -> Tensor:
+        return next(normals)
+
+    monkeypatch.setattr(torch, "rand", rand)
+    monkeypatch.setattr(torch.distributions.normal, "_standard_normal", normal)
+
+
+def test_losses_and_gradients_equal_torchrl(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = make_learner()
+    agent, algo, batch = learner.agent, learner.algo, make_batch()
+    noise = learner.draw_noise(B, T)
+    theirs = torchrl_loss(agent, algo)
+    # TorchRL keeps a functional copy of the critic and its own slow critic.
+    learner.agent.slow_critic.load_state_dict(agent.critic.state_dict())
+
+    losses, _, observed = learner.losses(batch, noise)
+    scales = learner.scales()
+    ours = {k: scales[k] * v for k, v in losses.items()}
+    ours_gradients = {
+        name: dict(zip(learner.params, torch.autograd.grad(
+            value, list(learner.params.values()), retain_graph=True, allow_unused=True),
+            strict=True))
+        for name, value in ours.items()
+    }  # fmt: skip
+
+    # TorchRL's record t holds action[t] and what it led to under "next"; equal initial latents.
+    sample = TensorDict(
+        state=agent.rssm.expand(batch["state_index"][:, :-1]), belief=batch["belief"][:, :-1],
+        action=batch["action"][:, :-1], is_init=torch.zeros(B, T, 1, dtype=torch.bool),
+        next=TensorDict(
+            obs=batch["obs"][:, 1:], reward=batch["reward"][:, :-1].unsqueeze(-1),
+            done=torch.zeros(B, T, 1, dtype=torch.bool),
+            terminated=torch.zeros(B, T, 1, dtype=torch.bool), batch_size=[B, T],
+        ),
+        batch_size=[B, T],
+    )  # fmt: skip
+    feed_noise(monkeypatch, noise)
+    # `(~terminated).float()` would round the continue target to float32.
+    monkeypatch.setattr(Tensor, "float", lambda self: self.to(torch.float64))
+    result = theirs(sample)
+    names = {
+        "reconstruction": "loss_model_reco", "reward": "loss_model_reward",
+        "continue": "loss_model_continue", "dynamics": "loss_model_dynamic",
+        "representation": "loss_model_representation", "actor": "loss_actor",
+        "critic": "loss_value", "replay_critic": "loss_replay_value",
+    }  # fmt: skip
+    torch.testing.assert_close(
+        result["replay_context", "belief"], observed.belief.detach(), rtol=0, atol=1e-9
+    )
+    for mine, their in names.items():
+        torch.testing.assert_close(ours[mine], result[their], rtol=1e-6, atol=1e-6, msg=mine)
+    # TorchRL may hold the critic's parameters as copies: what flows there counts as the critic's.
+    own = list(learner.params.values())
+    copies = [
+        ("critic." + ".".join(str(k).split(".")[1:]), p)
+        for k, p in theirs.value_loss.value_model_params.flatten_keys(".").items()
+        if p.requires_grad and all(p is not q for q in own)
+    ]
+    checked = 0
+    for mine, their in names.items():
+        grads = torch.autograd.grad(
+            result[their], own + [p for _, p in copies], retain_graph=True, allow_unused=True
+        )
+        total = dict(zip(learner.params, grads[: len(own)], strict=True))
+        for (name, _), g in zip(copies, grads[len(own) :], strict=True):
+            if g is not None:
+                total[name] = g if total[name] is None else total[name] + g
+        for name, g in ours_gradients[mine].items():
+            zero = torch.zeros_like(learner.params[name])
+            a, b = (zero if x is None else x for x in (g, total[name]))
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=f"{mine}: {name}")
+            checked += bool(a.any())
+    assert checked > 100
+
+
+# -- hand-computed -----------------------------------------------------------------------------
+
+
+def test_lambda_return_by_hand() -> None:
+    reward, value = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 30.0])
+    discount = torch.tensor([0.9, 0.0, 0.5])
+    # R2 = 3 + .5 * 30 = 18; R1 = 2 + 0 = 2; R0 = 1 + .9 (.2 * 10 + .8 * 2) = 4.24
+    expected = torch.tensor([4.24, 2.0, 18.0])
+    torch.testing.assert_close(lambda_return(reward, value, discount, 0.8), expected)
+
+
+def test_reset_rows_start_from_the_initial_belief() -> None:
+    learner = make_learner()
+    agent, batch = learner.agent, make_batch()
+    batch["is_first"][1, 3] = True
+    noise = learner.draw_noise(B, T)
+    observed = learner.observe(batch, noise)
+    zero = torch.zeros(1, D), torch.zeros(1, S * K), torch.zeros(1, A)
+    expected = agent.rssm.core(zero[0], zero[1], agent.rssm.project_action(zero[2]))[0]
+    torch.testing.assert_close(observed.belief[1, 2], expected)  # step t=3 is index 2
+    # What comes after must not know what was before.
+    changed = batch.clone()
+    changed["obs"][1, :3] += 1.0
+    changed["action"][1, :3] += 0.5
+    changed["belief"][1, 0] += 1.0
+    again = learner.observe(changed, noise)
+    torch.testing.assert_close(again.belief[1, 2:], observed.belief[1, 2:], rtol=0, atol=0)
+    assert not torch.equal(again.belief[1, 1], observed.belief[1, 1])
+
+
+def test_arrivals_at_an_episode_end_are_the_prior() -> None:
+    learner = make_learner()
+    agent, batch = learner.agent, make_batch()
+    batch["is_first"][1, 3] = True
+    noise = learner.draw_noise(B, T)
+    observed = learner.observe(batch, noise)
+    rssm = agent.rssm
+    action = rssm.project_action(batch["action"][1:2, 2])
+    raw = rssm.core(observed.belief[1:2, 1], observed.state[1:2, 1], action)
+    state = rssm.sample(rssm.prior_logits(raw), noise.arrival[1:2, 2])
+    torch.testing.assert_close(observed.arrival[1, 2], torch.cat([raw, state], -1)[0])
+    elsewhere = torch.ones(B, T, dtype=torch.bool)
+    elsewhere[1, 2] = False
+    torch.testing.assert_close(observed.arrival[elsewhere], observed.features[elsewhere])
+
+
+def test_last_reward_of_an_episode_is_trained_and_the_reset_observation_is_not_used_for_it() -> None:
+    learner = make_learner()
+    batch = make_batch()
+    batch["is_first"][1, 3] = batch["terminated"][1, 2] = True
+    noise = learner.draw_noise(B, T)
+    before = learner.model_losses(batch, learner.observe(batch, noise))
+    other = batch.clone()
+    other["reward"][1, 2] += 5
+    after = learner.model_losses(other, learner.observe(other, noise))
+    assert before["reward"] != after["reward"]
+    # With the next episode's first observations changed, steps up to the end lose nothing: only
+    # rewards from t=4 on see them. Make those rows equal and the loss cannot move.
+    arrival = learner.observe(batch, noise).arrival
+    other = batch.clone()
+    other["obs"][1, 3:] = -20 * other["obs"][1, 3:] + 30
+    moved = learner.observe(other, noise).arrival
+    torch.testing.assert_close(moved[1, :3], arrival[1, :3], rtol=0, atol=0)
+    assert not torch.equal(moved[1, 3], arrival[1, 3])
+
+
+def test_replay_critic_bootstraps_through_truncation_and_not_through_termination() -> None:
+    learner = make_learner(slow_critic_scale=0.0)
+    batch = make_batch()
+    batch["is_first"][0, 3] = batch["truncated"][0, 2] = True
+    batch["is_first"][1, 3] = batch["terminated"][1, 2] = True
+    noise = learner.draw_noise(B, T)
+    observed = learner.observe(batch, noise)
+    first_return = torch.randn(B, T)
+    agent, gamma, lmbda = learner.agent, 1 - 1 / ALGO.discount_horizon, ALGO.lmbda
+    arrival = agent.critic.mean(agent.critic(observed.arrival))
+    logits = agent.critic(observed.features)
+    total = 0.0
+    for b in range(B):
+        carry = first_return[b, -1]
+        for t in reversed(range(1, T)):  # state at step t, its action's outcome in record t
+            reward = batch["reward"][b, t]
+            if batch["terminated"][b, t]:
+                carry = reward
+            elif batch["truncated"][b, t]:
+                carry = reward + gamma * arrival[b, t]
+            else:
+                boot = first_return[b, t]
+                carry = reward + gamma * ((1 - lmbda) * boot + lmbda * carry)
+            total += agent.critic.loss(logits[b, t - 1], carry.detach())
+    loss = learner.replay_critic_loss(batch, observed, first_return)
+    torch.testing.assert_close(loss, total / (B * (T - 1)))
+
+
+def test_two_hot_loss_equals_torchrl() -> None:
+    agent = make_learner().agent
+    logits = torch.randn(50, MODEL.bins)
+    target = torch.cat([torch.randn(44) * 50, agent.reward.twohot.bins[[0, 3, 10, -1]],
+                        torch.tensor([1e12, -1e12])])  # fmt: skip
+    expected = agent.reward.twohot.loss(logits, target)
+    torch.testing.assert_close(agent.reward.loss(logits, target), expected)
+
+
+def test_update_learns_and_reports() -> None:
+    torch.set_default_dtype(torch.float32)
+    learner = make_learner()
+    learner.optimizer.lr, learner.optimizer.warmup = 1e-3, 0
+    batch = make_batch()
+    first = learner.update(batch)[0]
+    for _ in range(60):
+        metrics, latents = learner.update(batch)
+    assert metrics["loss/reconstruction"] < 0.7 * first["loss/reconstruction"]
+    assert metrics["loss/reward"] < 0.9 * first["loss/reward"]
+    assert latents["belief"].shape == (B, T, D) and latents["state_index"].dtype == torch.uint8
+    learner.check_finite()
+
+
+def test_a_nan_is_noticed() -> None:
+    learner = make_learner()
+    batch = make_batch()
+    batch["reward"][0, 0] = torch.nan
+    learner.update(batch)
+    with pytest.raises(RuntimeError, match="NaN"):
+        learner.check_finite()
+
+
+def test_slow_critic_follows_at_its_rate() -> None:
+    learner = make_learner()
+    agent = learner.agent
+    before = agent.slow_critic.net.model[0].weight.clone()
+    learner.update(make_batch())
+    after, target = agent.slow_critic.net.model[0].weight, agent.critic.net.model[0].weight
+    torch.testing.assert_close(after, before + 0.02 * (target - before))
