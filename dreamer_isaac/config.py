@@ -158,6 +158,11 @@ class AlgoConfig:
     discount_horizon: float = 333.0
     """Discount 1 - 1/this, folded into the continue target."""
     lmbda: float = 0.95
+    reward_multiplier: float = 0.0
+    """The learner sees rewards times this; 0 means 1 / step_dt, reward per second. Isaac Lab and
+    mjlab multiply rewards by the step's duration, which makes them about 0.01, and the two-hot
+    heads' bins are 0.16 apart around zero: too coarse to tell such rewards from each other. Logs
+    and evaluations are always in the env's own units."""
     free_nats: float = 1.0
     dyn_scale: float = 1.0
     rep_scale: float = 0.1
@@ -426,6 +431,7 @@ def contradictions(cfg: Config) -> list[str]:
         ("env.seed", env.seed),
         ("collector.init_random_frames", col.init_random_frames),
         ("evaluation.num_envs", ev.num_envs),
+        ("algo.reward_multiplier", cfg.algo.reward_multiplier),
         ("optimization.warmup_updates", opt.warmup_updates),
         ("optimization.max_updates", opt.max_updates),
         ("optimization.num_threads", opt.num_threads),

@@ -51,12 +51,10 @@ def _mjlab_id(cfg: Config) -> bool:
 def simulator(cfg: Config) -> Iterator[None]:
     """Prepare the process for the simulator; must be entered before torch is imported.
 
-    The embedded simulator needs only environment variables: off-screen rendering without a
-    display, and no network calls of libraries that would try.
+    The embedded simulator needs only environment variables.
     """
     os.environ.setdefault("TD_GET_DEFAULTS_TO_NONE", "1")
     os.environ.setdefault("WANDB_SILENT", "true")
-    if "MUJOCO_GL" not in os.environ and not os.environ.get("DISPLAY"):
-        os.environ["MUJOCO_GL"] = "egl"
+    os.environ.setdefault("MJLAB_WARP_QUIET", "1")  # else a line for every kernel that is loaded
     os.environ.setdefault("MPLBACKEND", "agg")
     yield

@@ -102,6 +102,7 @@ class Learner:
     Args:
         agent: the networks, already on the learner's device.
         generator: draws the update's noise; on the agent's device.
+        reward_multiplier: rewards are trained times this (config.AlgoConfig.reward_multiplier).
     """
 
     def __init__(
@@ -110,8 +111,10 @@ class Learner:
         algo: AlgoConfig,
         optimization: OptimizationConfig,
         generator: torch.Generator,
+        reward_multiplier: float = 1.0,
     ):
         self.agent, self.algo, self.generator = agent, algo, generator
+        self.reward_multiplier = reward_multiplier
         self.params = agent.learned()
         self.optimizer = LaProp(
             self.params, optimization.lr, optimization.warmup_updates, optimization.agc
@@ -216,6 +219,7 @@ class Learner:
         decoded = agent.decoder(observed.features)
         reward = agent.reward(observed.arrival)
         logit = agent.continuation(observed.arrival)
+        target = batch["reward"][:, :-1] * self.reward_multiplier
         alive = 1 - batch["terminated"][:, :-1].to(self.dtype)
         alive = alive * (1 - 1 / algo.discount_horizon)
         kl = agent.rssm.kl
@@ -223,7 +227,7 @@ class Learner:
         representation = kl(observed.posterior, observed.prior.detach())
         return {
             "reconstruction": agent.decoder.loss(decoded, batch["obs"][:, 1:]).mean(),
-            "reward": agent.reward.loss(reward, batch["reward"][:, :-1]).mean(),
+            "reward": agent.reward.loss(reward, target).mean(),
             "continue": F.binary_cross_entropy_with_logits(logit, alive),
             "dynamics": dynamics.clamp_min(algo.free_nats).mean(),
             "representation": representation.clamp_min(algo.free_nats).mean(),
@@ -298,7 +302,7 @@ class Learner:
         agent, algo = self.agent, self.algo
         logits = agent.critic(observed.features[:, :-1])
         with torch.no_grad():
-            reward = batch["reward"][:, 1:-1]  # led to by the actions of steps 1..T-1
+            reward = batch["reward"][:, 1:-1] * self.reward_multiplier  # led to by the actions of steps 1..T-1
             alive = 1 - batch["terminated"][:, 1:-1].to(self.dtype)
             ended = batch["is_first"][:, 2:]
             reached = agent.critic.mean(agent.critic(observed.arrival[:, 1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import sys
@@ -34,6 +35,7 @@ def main(cfg: Config) -> int:
         print(f"error: run.dir={cfg.run.dir} cannot be written: {e}. Remedy: another run.dir.",
               file=sys.stderr)  # fmt: skip
         return 1
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
     try:
         if cfg.mode == "train":
             from dreamer_isaac.train import train

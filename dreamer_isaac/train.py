@@ -47,15 +47,15 @@ class Limiter:
         if frames > self.start:
             self.credit += stored * self.ratio
 
-    def due(self, ready: bool) -> int:
-        """Updates that may be made now. What is owed while the buffer is still too empty to sample
-        from (a resumed run refills it) is dropped, not caught up on later."""
+    def due(self, ready: bool) -> Iterator[None]:
+        """One turn for every update that may be made now; it is paid for when it is taken. What is
+        owed while the buffer is still too empty to sample from (a resumed run refills it) is
+        dropped, not caught up on later."""
         if not ready:
             self.credit = 0.0
-            return 0
-        updates = int(self.credit // self.batch)
-        self.credit -= updates * self.batch
-        return updates
+        while self.credit >= self.batch:
+            self.credit -= self.batch
+            yield
 
 
 class StopSignal:
@@ -96,7 +96,10 @@ class Run:
             for i, d in enumerate((self.sim_device, self.device, self.device))
         ]
         info, train_envs = self.env.info, cfg.env.num_envs - cfg.evaluation.num_envs
-        self.learner = Learner(self.agent, cfg.algo, cfg.optimization, generators[1])
+        self.learner = Learner(
+            self.agent, cfg.algo, cfg.optimization, generators[1],
+            cfg.algo.reward_multiplier or 1 / info.step_dt,
+        )  # fmt: skip
         self.replay = Replay(
             cfg.replay_buffer, train_envs, info.observation, info.action, cfg.model,
             self.device if cfg.replay_buffer.gpu_storage else torch.device("cpu"), generators[2],
@@ -259,8 +262,8 @@ def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
                 replay.refresh(batch, latents)
                 if run.device.type == "cpu":
                     learner.check_finite()  # costs nothing here, and keeps the batch that did it
-                if stop.number or learner.updates >= most:
-                    break
+                if learner.updates >= most or (stop.number and not cfg.checkpoint.exact):
+                    break  # an exact run first makes the updates that it owes
             collector.publish(learner.updates)
             limit = learner.updates >= most
             done = run.frames >= cfg.collector.total_frames or bool(stop.number) or limit
@@ -292,18 +295,12 @@ class Meter:
         self.run = run
         self.started = self.window = time.monotonic()
         self.before = (run.frames, run.learner.updates)
-        self.first = run.frames
+        self.first, self.base = run.frames, run.seconds
         self.last: dict[str, float] = {}
 
     def elapsed(self) -> float:
         """Wall seconds of the training loop, earlier sessions included."""
         return self.base + time.monotonic() - self.started
-
-    @property
-    def base(self) -> float:
-        if not hasattr(self, "_base"):
-            self._base = self.run.seconds
-        return self._base
 
     def row(self, metrics: dict[str, torch.Tensor], stats: dict[str, float]) -> dict[str, float]:
         """One row of metrics since the last; the only place where the device is waited for."""
@@ -331,7 +328,7 @@ class Meter:
         known = {**self.last, **row}
         spent = time.monotonic() - self.started
         done = run.frames - self.first
-        eta = spent / done * (total - run.frames) if done else 0.0
+        eta = spent / done * max(total - run.frames, 0) if done else 0.0
         share = f"{run.frames:,}/{total:,} frames ({run.frames / total:.0%})"
         score = "".join(
             f", {label} {known[k]:.2f}"

@@ -50,7 +50,6 @@ def make_mjlab(cfg: Config, device: torch.device, render: bool) -> SimEnv:
     Raises:
         ConfigError: unknown task, or unknown field in `env.cfg`.
     """
-    import warp as wp
     from mjlab.tasks.registry import load_env_cfg
     from torchrl.envs import MJLabEnv
 
@@ -66,7 +65,6 @@ def make_mjlab(cfg: Config, device: torch.device, render: bool) -> SimEnv:
     if group is None:
         raise ConfigError([f"env.name={name!r} has the observation groups "
                            f"{', '.join(task.observations)}; one of {OBSERVATION_GROUPS} is needed."])  # fmt: skip
-    wp.config.quiet = True
     # mjlab prints a table for every manager; a user who wants them sets MJLAB_VERBOSE.
     quiet = contextlib.nullcontext() if os.environ.get("MJLAB_VERBOSE") else (
         contextlib.redirect_stdout(io.StringIO())

@@ -1,0 +1,112 @@
+"""Mistakes on the command line: one clear message each, exit code 2, before torch is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dreamer_isaac.cli import compose
+from dreamer_isaac.config import ConfigError, build, to_dict
+
+ROOT = Path(__file__).resolve().parent.parent
+Program = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("env.num_env=4", ["env.num_env", "env.num_envs"]),
+        ("collectr.total_frames=4", ["collectr.total_frames", "collector.total_frames"]),
+        ("env.num_envs=many", ["env.num_envs='many'", "whole number"]),
+        ("env.num_envs=1.5", ["env.num_envs=1.5", "whole number"]),
+        ("env.num_envs=-3", ["env.num_envs=-3", "above 0"]),
+        ("env.backend=gym", ["env.backend='gym'", "auto, isaaclab, mjlab"]),
+        ("optimization.compile.enabled=7", ["optimization.compile.enabled=7", "true or false"]),
+        ("size=13m", ["size=13m", "12m", "tiny"]),
+        ("collector.init_random_frames=100", ["init_random_frames=100", "batch_length", "Remedy"]),
+        ("replay_buffer.batch_size=1000", ["batch_size=1000", "batch_length", "Remedy"]),
+        ("replay_buffer.size=100", ["replay_buffer.size=100", "Remedy"]),
+        ("collector.frames_per_batch=1000", ["frames_per_batch=1000", "num_envs", "Remedy"]),
+        ("evaluation.num_envs=256", ["evaluation.num_envs=256", "Remedy"]),
+        ("env.name=Isaac-Ant-v9", ["Isaac-Ant-v9", "Isaac-Ant-v0", "env.import"]),
+        ("mode=evaluate", ["checkpoint=", "evaluation.policy=random"]),
+        ("env.from_pixels=true", ["env.from_pixels", "not built"]),
+        ("model.belief=100 model.blocks=8", ["model.belief=100", "model.blocks=8"]),
+        ("checkpoint.init_modules=[brain]", ["brain", "encoder"]),
+        ("env", ["env", "key=value"]),
+        ("env.cfg.a.b", ["key=value"]),
+        ("collector=thread", ["section", "collector.total_frames"]),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as e:
+        compose(override.split(" "))
+    for word in words:
+        assert word in str(e.value)
+
+
+def test_all_mistakes_come_in_one_message() -> None:
+    with pytest.raises(ConfigError) as e:
+        compose(["env.nme=a", "size=3m", "foo.bar=1"])
+    assert len(e.value.problems) == 3
+
+
+def test_exit_code_2_in_under_two_seconds(program: Program) -> None:
+    start = time.monotonic()
+    result = program("env.num_envs=abc")
+    seconds = time.monotonic() - start
+    assert result.returncode == 2
+    assert "env.num_envs='abc'" in result.stderr and "Traceback" not in result.stderr
+    assert seconds < 2.0
+
+
+def test_the_bottom_layer_imports_no_torch() -> None:
+    code = (
+        "import sys; import dreamer_isaac.config, dreamer_isaac.cli, dreamer_isaac.launch;"
+        "from dreamer_isaac.cli import compose; compose([]);"
+        "import dreamer_isaac.launch as l; c = compose([]); l.choose_backend(c);"
+        "bad = {'torch', 'numpy', 'mjlab', 'mujoco', 'warp', 'isaaclab'} & set(sys.modules);"
+        "sys.exit(str(bad) if bad else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_round_trip_and_free_paths() -> None:
+    cfg = compose(["env.cfg.rewards.alive.weight=0.7", "env.import=a.b", "checkpoint.keep=7"])
+    assert cfg.env.cfg == {"rewards": {"alive": {"weight": 0.7}}}
+    assert cfg.env.import_ == "a.b" and cfg.checkpoint.keep == 7
+    assert build(to_dict(cfg)) == cfg
+
+
+def test_checkpoint_is_short_for_its_path() -> None:
+    cfg = compose(["mode=evaluate", "checkpoint=runs/a, b=c/d"])
+    assert cfg.checkpoint.path == "runs/a, b=c/d"
+
+
+def test_sizes_are_the_reference_implementation_s() -> None:
+    expected = {"1m": (512, 64, 4, 64), "12m": (2048, 256, 16, 256), "400m": (12288, 1536, 96, 1536)}
+    for size, (belief, hidden, classes, units) in expected.items():
+        model = compose([f"size={size}"]).model
+        assert (model.belief, model.hidden, model.classes, model.units) == (
+            belief, hidden, classes, units,
+        )  # fmt: skip
+        assert model.size == size and model.categoricals == 32
+
+
+def test_an_unknown_task_may_be_the_user_s_own() -> None:
+    assert compose(["env.name=My-Task", "env.import=my.tasks"]).env.name == "My-Task"
+    assert compose(["env.name=Mjlab-Velocity-Flat-Unitree-Go1"]).env.name.endswith("Go1")
+
+
+def test_help_and_cfg(program: Program) -> None:
+    result = program("--help")
+    assert result.returncode == 0 and "mode=evaluate" in result.stdout
+    result = program("--cfg", "env.seed=5")
+    assert result.returncode == 0 and "seed: 5" in result.stdout
+    assert program("--nonsense").returncode == 2

@@ -1,0 +1,148 @@
+"""DESIGN's time table, row by row: on the toy env of known dynamics and on the embedded simulator.
+
+    obs[t], is_first[t]                          known before action[t]
+    action[t]                                    as executed, clipped
+    reward[t+1], terminated[t+1], truncated[t+1] what action[t] led to, stored with record t
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dreamer_isaac.collect import EpisodeStats, Sync
+from dreamer_isaac.config import AlgoConfig, ModelConfig
+from dreamer_isaac.envs.contract import ObservationError, SimEnv
+from dreamer_isaac.envs.toy import DT, LENGTH, LIMIT, ToyEnv
+from dreamer_isaac.models import Agent
+
+MODEL = ModelConfig(
+    belief=8, hidden=4, categoricals=2, classes=3, blocks=2, units=4, encoder_layers=1,
+    decoder_layers=1, actor_layers=1, critic_layers=1, bins=9,
+)  # fmt: skip
+
+
+def collect(env: SimEnv, steps: int, eval_envs: int = 0, bound: float = 1.0) -> Any:
+    torch.manual_seed(0)
+    agent = Agent(env.info.observation, env.info.action, MODEL, AlgoConfig())
+    got: list[Any] = []
+    generator = torch.Generator().manual_seed(3)
+    collector = Sync(env, agent, got.append, generator, steps, 10**9, eval_envs)
+    with collector:
+        for _ in range(4):
+            collector.step()
+    return torch.cat(got, 1), collector, agent
+
+
+def test_every_row_of_the_table_on_known_dynamics() -> None:
+    records, _, _ = collect(ToyEnv(6, 0), 30)
+    ends = {"terminated": 0, "truncated": 0}
+    for env in records.unbind(0):
+        assert bool(env["is_first"][0])
+        for t in range(len(env) - 1):
+            x, v, clock = env["obs"][t].tolist()
+            a = env["action"][t].item()
+            assert -1 <= a <= 1
+            v = v + 4 * a * DT
+            x = x + v * DT
+            clock = clock + 1 / LENGTH
+            assert env["reward"][t].item() == pytest.approx((1 - abs(x)) * DT, abs=1e-5)
+            terminated = abs(x) > LIMIT
+            truncated = not terminated and clock > 1 - 0.5 / LENGTH
+            assert bool(env["terminated"][t]) == terminated
+            assert bool(env["truncated"][t]) == truncated
+            ends["terminated"] += terminated
+            ends["truncated"] += truncated
+            following = env["obs"][t + 1].tolist()
+            if terminated or truncated:  # the next record is the next episode's first observation
+                assert bool(env["is_first"][t + 1])
+                assert following[2] == 0 and -1 <= following[0] <= 1
+            else:
+                assert not bool(env["is_first"][t + 1])
+                assert following == pytest.approx([x, v, clock], abs=1e-5)
+    assert min(ends.values()) > 0  # both kinds of end were seen
+
+
+def test_actions_are_clipped_and_the_clipped_one_is_what_is_stored_and_executed() -> None:
+    env = ToyEnv(2, 0, bound=0.5)
+    obs = env.reset().obs
+    executed, _, following = env.step(torch.tensor([[3.0], [-0.25]]))
+    assert executed.flatten().tolist() == [0.5, -0.25]
+    v = obs[:, 1] + 4 * executed[:, 0] * DT
+    torch.testing.assert_close(following.obs[:, 1], v)
+
+
+def test_nothing_that_is_handed_out_changes_later() -> None:
+    env = ToyEnv(4, 0)
+    handed: list[Tensor] = list(env.reset())
+    copies = [t.clone() for t in handed]
+    for step in range(50):
+        executed, outcome, observation = env.step(torch.full((4, 1), 0.1 * step))
+        fresh = [executed, *outcome, *observation]
+        copies += [t.clone() for t in fresh]
+        handed += fresh
+    for now, then in zip(handed, copies, strict=True):
+        assert torch.equal(now, then)
+    places = [t.data_ptr() for t in handed]
+    assert len(set(places)) == len(places)
+
+
+def test_latents_in_a_record_are_the_posterior_after_its_own_observation() -> None:
+    records, _, agent = collect(ToyEnv(3, 0), 12)
+    rssm = agent.rssm
+    row = records[1]
+    with torch.no_grad():
+        for t in range(1, 40):
+            state = rssm.expand(row["state_index"][t - 1 : t])
+            raw = rssm.core(
+                row["belief"][t - 1 : t], state, rssm.project_action(row["action"][t - 1 : t])
+            )
+            expected = rssm.initial_belief() if row["is_first"][t] else raw[0]
+            torch.testing.assert_close(row["belief"][t], expected)
+
+
+def test_evaluation_rows_act_deterministically_and_are_not_recorded() -> None:
+    records, collector, _ = collect(ToyEnv(6, 0), 30, eval_envs=2)
+    assert records.shape[0] == 4
+    stats = collector.read_stats()
+    assert stats["eval/episodes"] > 0 and stats["episode/episodes"] > 0
+    assert collector.frames == 4 * 30 * 6
+
+
+def test_episode_statistics_by_hand() -> None:
+    stats = EpisodeStats(2, torch.device("cpu"))
+    for t in range(1, 7):
+        done = torch.tensor([t in (2, 5), t == 6])
+        stats.update(torch.tensor([1.0, 10.0]), done)
+    # env 0: two episodes of 2 and 3 steps; env 1: one of 6 with return 60
+    assert stats.read() == {"return": 65 / 3, "length": 11 / 3, "episodes": 3}
+    assert stats.read() == {}
+
+
+@pytest.mark.parametrize("what", ["obs", "reward"])
+def test_nan_from_the_simulator_is_an_error_and_is_not_recorded(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = ToyEnv(3, 0)
+    step = env.env._step
+
+    def poisoned(td: Any) -> Any:
+        out = step(td)
+        out["policy" if what == "obs" else "reward"][1] = torch.nan
+        return out
+
+    monkeypatch.setattr(env.env, "_step", poisoned)
+    got: list[Any] = []
+    agent = Agent(3, 1, MODEL, AlgoConfig())
+    collector = Sync(env, agent, got.append, torch.Generator(), 4, 0, 0)
+    with collector, pytest.raises(ObservationError, match="NaN"):
+        collector.step()
+    assert got == []
+
+
+def test_a_simulator_without_restorable_state_says_so() -> None:
+    with pytest.raises(NotImplementedError, match=r"checkpoint\.exact=false"):
+        SimEnv(ToyEnv(2, 0).env, ToyEnv(2, 0).info, "policy", 1.0).state_dict()

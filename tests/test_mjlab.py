@@ -1,0 +1,166 @@
+"""The embedded simulator under the contract, its configuration by path, and its exact state."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("mjlab", reason="the embedded simulator is not installed")
+
+from dreamer_isaac.cli import compose
+from dreamer_isaac.config import ConfigError
+from dreamer_isaac.envs import SimEnv, make_env
+from dreamer_isaac.envs.mjlab import load_tasks
+
+CPU = torch.device("cpu")
+
+
+def make(*overrides: str, envs: int = 8) -> SimEnv:
+    cfg = compose([f"env.num_envs={envs}", "evaluation.num_envs=1", "env.backend=mjlab",
+                   "collector.frames_per_batch=4096", *overrides])  # fmt: skip
+    return make_env(cfg, "mjlab", CPU)
+
+
+@pytest.fixture(scope="module")
+def short() -> Iterator[SimEnv]:
+    """Cartpole with episodes of 12 steps: terminations and truncations in a few steps."""
+    env = make("env.cfg.episode_length_s=0.2")
+    yield env
+    env.close()
+
+
+def test_time_table_on_the_embedded_simulator(short: SimEnv) -> None:
+    assert short.info.max_episode_length == 12
+    obs, first = short.reset()
+    assert bool(first.all())
+    clock = torch.zeros(8)
+    seen = 0
+    for t in range(40):
+        action = torch.full((8, 1), 0.5 if t % 2 else -0.5)
+        before = obs.clone()
+        _, outcome, (obs, first) = short.step(action)
+        clock += 1
+        assert torch.equal(outcome.truncated, clock == 12)
+        assert torch.equal(first, outcome.done)
+        clock[outcome.done] = 0
+        seen += int(outcome.done.sum())
+        # The observation after a reset is the new episode's: inside the ranges of a reset.
+        fresh = obs[first]
+        assert bool((fresh[:, 0].abs() <= 1.0).all() and (fresh[:, 2].abs() <= 0.5).all())
+        # What goes on has moved on by about v dt, not stayed the same.
+        moved = (obs[~first, 0] - before[~first, 0]).abs() - (before[~first, 2] / 60).abs()
+        assert bool((moved.abs() < 0.1).all()) and not torch.equal(obs, before)
+    assert seen == 24
+
+
+def test_nothing_of_the_simulator_s_buffers_is_handed_out(short: SimEnv) -> None:
+    short.reset()
+    handed, copies = [], []
+    for t in range(14):
+        executed, outcome, observation = short.step(torch.full((8, 1), 0.1 * t))
+        fresh = [executed, *outcome, *observation]
+        handed += fresh
+        copies += [x.clone() for x in fresh]
+    assert all(torch.equal(a, b) for a, b in zip(handed, copies, strict=True))
+    rewards = torch.stack([h for h in handed[1::6]])
+    assert len({tuple(r.tolist()) for r in rewards}) == 14  # not the last one fourteen times
+
+
+def test_termination_is_not_truncation() -> None:
+    env = make("env.action_bound=5", "env.cfg.terminations.cart_out_of_bounds.params.bounds=[-1.2,1.2]")
+    env.reset()
+    ended = torch.zeros(8, dtype=torch.bool)
+    for _ in range(60):
+        _, outcome, _ = env.step(torch.full((8, 1), 5.0))
+        assert not bool((outcome.terminated & outcome.truncated).any())
+        ended |= outcome.terminated
+    assert bool(ended.all())
+
+
+def test_names_of_joints() -> None:
+    info = make("env.name=Isaac-Ant-v0").info
+    assert info.action_names[0] == "front_left_leg" and len(info.action_names) == 8
+    assert info.observation_names[12] == "joint_pos_norm[front_left_leg]"
+    assert info.observation_names[-1] == "actions[right_back_foot]"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("env.cfg.rewards.aliv.weight=1", ["rewards has no 'aliv'", "alive", "pole_pos"]),
+        ("env.cfg.episode_length=8", ["no 'episode_length'", "episode_length_s"]),
+        ("env.cfg.episode_length_s=long", ["must be a float"]),
+        ("env.cfg.rewards=1", ["section", "alive"]),
+        ("env.cfg.rewards.alive.func=x", ["function"]),
+    ],
+)
+def test_a_wrong_path_lists_what_is_there(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as e:
+        make(override)
+    for word in words:
+        assert word in str(e.value)
+
+
+def test_fields_by_path_reach_the_simulator() -> None:
+    env: Any = make("env.cfg.rewards.alive.weight=0.7", "env.cfg.decimation=4")
+    assert env.sim.cfg.rewards["alive"].weight == 0.7
+    assert env.info.step_dt == pytest.approx(4 / 120)
+
+
+def test_unknown_task_and_module() -> None:
+    with pytest.raises(ConfigError, match="Mjlab-Cartpole-Balance"):
+        make("env.name=Mjlab-Cartpole-Balanc")
+    with pytest.raises(ConfigError, match=r"env\.import=no\.such"):
+        make("env.name=X", "env.import=no.such")
+
+
+def test_a_user_s_own_task(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_tasks.py").write_text(
+        "from mjlab.tasks.registry import load_env_cfg, load_rl_cfg, register_mjlab_task\n"
+        "cfg = load_env_cfg('Mjlab-Cartpole-Balance')\n"
+        "register_mjlab_task('My-Task', cfg, cfg, load_rl_cfg('Mjlab-Cartpole-Balance'))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    env = make("env.name=My-Task", "env.import=my_tasks")
+    assert env.key == "actor" and env.info.observation == 5
+    assert "My-Task" in load_tasks()
+
+
+@pytest.mark.parametrize(("name", "envs"), [("Isaac-Cartpole-v0", 16), ("Isaac-Ant-v0", 6)])
+def test_saved_state_goes_on_bit_by_bit_in_a_new_simulation(name: str, envs: int) -> None:
+    env = make(f"env.name={name}", "env.cfg.episode_length_s=0.6", envs=envs)
+    generator = torch.Generator().manual_seed(0)
+    actions = [2 * torch.randn(envs, env.info.action, generator=generator) for _ in range(90)]
+    env.reset()
+    for action in actions[:25]:
+        env.step(action)
+    state = env.state_dict()
+    expected = [env.step(a) for a in actions[25:]]
+    assert sum(int(e[1].done.sum()) for e in expected) >= envs
+
+    other = make(f"env.name={name}", "env.cfg.episode_length_s=0.6", envs=envs)
+    other.reset()
+    for action in actions[40:47]:
+        other.step(action)
+    other.load_state_dict(state)
+    for action, (executed, outcome, observation) in zip(actions[25:], expected, strict=True):
+        result = other.step(action)
+        pairs = zip(itertools.chain([result[0]], *result[1:]),
+                    [executed, *outcome, *observation], strict=True)  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_picture_without_opengl() -> None:
+    cfg = compose(["env.num_envs=2", "evaluation.num_envs=1", "env.backend=mjlab",
+                   "collector.frames_per_batch=4096"])  # fmt: skip
+    env = make_env(cfg, "mjlab", CPU, render=True)
+    env.reset()
+    first = env.render()
+    assert first.shape == (360, 480, 3) and first.dtype.name == "uint8" and first.std() > 20
+    for _ in range(10):
+        env.step(torch.ones(2, 1))
+    assert (env.render() != first).any()

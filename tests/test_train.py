@@ -1,0 +1,375 @@
+"""Whole runs on the toy simulator: what they leave behind, resuming, and every way to break them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dreamer_isaac import checkpoint, train
+from dreamer_isaac.checkpoint import CheckpointError, Checkpoints
+from dreamer_isaac.cli import compose
+from dreamer_isaac.envs.toy import PointEnv
+from dreamer_isaac.main import main
+from dreamer_isaac.train import Limiter
+
+ROOT = Path(__file__).resolve().parent.parent
+EXACT = ["checkpoint.exact=true"]
+Program = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def folder(overrides: list[str]) -> Path:
+    return Path(next(o for o in overrides if o.startswith("run.dir=")).split("=", 1)[1])
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    with open(run / "metrics.csv") as f:
+        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in csv.DictReader(f)]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    state = checkpoint.load(checkpoint.find(run), ["networks", "learner"], torch.device("cpu"))
+    optimizer = state["learner"]["optimizer"]
+    return state["networks"] | {f"square.{k}": v for k, v in optimizer["square"].items()}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert metrics(a) == metrics(b)
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def test_a_run_leaves_everything_that_is_promised(toy_overrides: list[str]) -> None:
+    assert main(compose(toy_overrides)) == 0
+    run = folder(toy_overrides)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["frames"] == 960 and summary["exit_reason"] == "finished"
+    assert summary["updates"] == 12  # (960 - 192) frames, 2/3 stored, ratio 1/2, 32 a batch... below
+    evaluation = summary["evaluation"]
+    assert evaluation["episodes"] == 12 and evaluation["return_stderr"] > 0
+    for key in ("env", "backend", "versions", "device", "wall_seconds", "fps", "updates_per_second"):
+        assert summary[key], key
+    for name in ("config.yaml", "metrics.csv", "log.txt", "plots/losses.png",
+                 "plots/learning_curve.png", "plots/open_loop.png", "checkpoints/latest"):  # fmt: skip
+        assert (run / name).stat().st_size > 0, name
+    rows = metrics(run)
+    frames = [int(r["frames"]) for r in rows]
+    assert frames == list(range(96, 961, 96))
+    assert float(rows[-1]["loss/total"]) > 0 and int(rows[-1]["updates"]) == summary["updates"]
+    kept = Checkpoints(run / "checkpoints").complete()
+    assert [p.name for p in kept] == ["000000000576", "000000000768", "000000000960"]
+    assert (run / "checkpoints" / "latest").read_text().strip() == kept[-1].name
+
+
+def test_limiter_pays_the_ratio_exactly() -> None:
+    limiter = Limiter(ratio=0.5, batch=32, start=100)
+    limiter.collected(frames=100, stored=1000)  # still the random phase
+    assert sum(1 for _ in limiter.due(True)) == 0
+    updates = 0
+    for _ in range(10):
+        limiter.collected(frames=200, stored=50)
+        updates += sum(1 for _ in limiter.due(True))
+    assert updates == 10 * 50 * 0.5 // 32
+    limiter.collected(frames=200, stored=10_000)
+    assert sum(1 for _ in limiter.due(False)) == 0 and limiter.credit == 0
+
+
+def test_exact_resume_equals_never_stopping(toy_overrides: list[str], tmp_path: Path) -> None:
+    whole = [*toy_overrides, *EXACT, "evaluation.final=false"]
+    parts = [*whole, f"run.dir={tmp_path / 'parts'}"]
+    assert main(compose(whole)) == 0
+    for total in (288, 480, 960):
+        assert main(compose([*parts, f"collector.total_frames={total}"])) == 0
+    assert_same_run(folder(whole), tmp_path / "parts")
+
+
+@pytest.mark.parametrize("task", ["Isaac-Cartpole-v0", "Isaac-Ant-v0"])
+def test_exact_resume_on_real_physics(
+    task: str, toy_overrides: list[str], tmp_path: Path, program: Program
+) -> None:
+    pytest.importorskip("mjlab", reason="the embedded simulator is not installed")
+    base = [*toy_overrides, *EXACT, "evaluation.final=false", "env.backend=mjlab",
+            f"env.name={task}", "env.cfg.episode_length_s=0.5"]  # fmt: skip
+    for name, totals in (("whole", [960]), ("parts", [480, 960])):
+        for total in totals:
+            result = program(*base, f"run.dir={tmp_path / name}", f"collector.total_frames={total}")
+            assert result.returncode == 0, result.stdout + result.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_resume_without_replay_refills_it_first(toy_overrides: list[str]) -> None:
+    assert main(compose([*toy_overrides, "collector.total_frames=480"])) == 0
+    run = folder(toy_overrides)
+    before = int(metrics(run)[-1]["updates"])
+    assert main(compose(toy_overrides)) == 0
+    rows = metrics(run)
+    assert [int(r["frames"]) for r in rows] == list(range(96, 961, 96))
+    assert int(rows[-1]["updates"]) > before
+    assert "resumed" in (run / "log.txt").read_text()
+
+
+def test_replay_is_saved_on_request(toy_overrides: list[str]) -> None:
+    main(compose([*toy_overrides, "collector.total_frames=480", "checkpoint.replay=true"]))
+    saved = checkpoint.find(folder(toy_overrides))
+    state = checkpoint.load(saved, ["replay"], torch.device("cpu"))
+    assert state["replay"]["written"] == 40
+
+
+def test_logs_rewind_to_the_checkpoint(toy_overrides: list[str]) -> None:
+    main(compose([*toy_overrides, "collector.total_frames=672"]))
+    run = folder(toy_overrides)
+    # As after a kill: the newest checkpoint is older than the last rows, one of them cut off.
+    saved = Checkpoints(run / "checkpoints").complete()[-1]
+    for p in saved.iterdir():
+        p.unlink()
+    saved.rmdir()
+    with open(run / "metrics.csv", "a") as f:
+        f.write("768,3")
+    main(compose(toy_overrides))
+    assert [int(r["frames"]) for r in metrics(run)] == list(range(96, 961, 96))
+
+
+def test_another_configuration_in_the_same_folder_is_refused(
+    toy_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(compose([*toy_overrides, "collector.total_frames=288"]))
+    before = (folder(toy_overrides) / "config.yaml").read_text()
+    assert main(compose([*toy_overrides, "model.units=16", "env.seed=3"])) == 2
+    said = capsys.readouterr().out
+    assert "model.units=16" in said and "env.seed=3" in said and "run.dir" in said
+    assert (folder(toy_overrides) / "config.yaml").read_text() == before
+
+
+def test_init_from_takes_the_chosen_modules(toy_overrides: list[str], tmp_path: Path) -> None:
+    main(compose([*toy_overrides, "evaluation.final=false"]))
+    source = weights(folder(toy_overrides))
+    new = [*toy_overrides, f"run.dir={tmp_path / 'new'}", "collector.total_frames=96",
+           f"checkpoint.init_from={folder(toy_overrides)}", "evaluation.final=false",
+           "checkpoint.init_modules=[rssm,critic]"]  # fmt: skip
+    main(compose(new))  # 96 frames: no update yet
+    got = weights(tmp_path / "new")
+    for name, value in got.items():
+        if name.split(".")[0] in ("rssm", "critic", "slow_critic"):
+            assert torch.equal(value, source[name]), name
+    assert not torch.equal(got["encoder.net.model.0.weight"], source["encoder.net.model.0.weight"])
+    assert not got["square.rssm.mix.weight"].any()  # a fresh optimiser
+
+
+def test_evaluate_a_run_and_the_baselines(toy_overrides: list[str], tmp_path: Path) -> None:
+    main(compose([*toy_overrides, "evaluation.final=false"]))
+    base = [*toy_overrides, "mode=evaluate", "env.num_envs=5", "evaluation.episodes=12"]
+    out = tmp_path / "eval"
+    assert main(compose([*base, f"run.dir={out}", f"checkpoint={folder(toy_overrides)}"])) == 0
+    result = json.loads((out / "summary.json").read_text())
+    assert result["evaluation"]["episodes"] == 15  # 5 envs, the same number from each
+    for policy in ("random", "zero"):
+        run = tmp_path / policy
+        assert main(compose([*base, f"run.dir={run}", f"evaluation.policy={policy}"])) == 0
+        assert json.loads((run / "summary.json").read_text())["policy"] == policy
+
+
+# -- breaking it -------------------------------------------------------------------------------
+
+
+def test_broken_checkpoints_are_refused_whole(toy_overrides: list[str], capsys: Any) -> None:
+    main(compose([*toy_overrides, "collector.total_frames=288"]))
+    run = folder(toy_overrides)
+    saved = checkpoint.find(run)
+    networks = saved / "networks.pt"
+    content = networks.read_bytes()
+    networks.write_bytes(content[:-100])
+    assert main(compose(toy_overrides)) == 1
+    assert "damaged" in capsys.readouterr().out
+    networks.write_bytes(content[:50] + bytes([content[50] ^ 1]) + content[51:])
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.load(saved, ["networks"], torch.device("cpu"))
+    networks.write_bytes(content)
+    (saved / "meta.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no checkpoint of dreamer_isaac"):
+        checkpoint.load(saved, ["networks"], torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="does not exist"):
+        checkpoint.find("/no/such/place")
+
+
+def test_networks_of_another_shape_are_not_half_loaded() -> None:
+    a, b = torch.nn.Linear(3, 4), torch.nn.Linear(3, 5)
+    before = b.weight.clone()
+    with pytest.raises(CheckpointError, match=r"weight is \(4, 3\) there, \(5, 3\) here"):
+        checkpoint.load_networks(b, a.state_dict(), Path("x"))
+    assert torch.equal(b.weight, before)
+
+
+def run_with(monkeypatch: pytest.MonkeyPatch, overrides: list[str], at: int, breaks: Any) -> int:
+    """Run, with the simulator's step number `at` going through `breaks`."""
+    step = PointEnv._step
+    count = 0
+
+    def broken(self: PointEnv, td: Any) -> Any:
+        nonlocal count
+        count += 1
+        out = step(self, td)
+        return breaks(out) if count == at else out
+
+    monkeypatch.setattr(PointEnv, "_step", broken)
+    return main(compose(overrides))
+
+
+def test_nan_and_simulator_errors_end_with_1_and_an_intact_checkpoint(
+    toy_overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def nan(out: Any) -> Any:
+        out["policy"][2, 1] = torch.nan
+        return out
+
+    def crash(_: Any) -> Any:
+        raise RuntimeError("the simulation exploded")
+
+    for breaks, words in ((nan, "velocity of env 2"), (crash, "the simulation exploded")):
+        with monkeypatch.context() as patch:
+            # Step 49 is in the seventh batch of 8 steps; the last checkpoint is at 576 frames. A
+            # resumed run starts there.
+            assert run_with(patch, toy_overrides, 56 if breaks is nan else 3, breaks) == 1
+        said = capsys.readouterr().out
+        assert words in said and "error:" in said
+        assert checkpoint.find(folder(toy_overrides)).name == "000000000576"
+    assert main(compose(toy_overrides)) == 0
+
+
+def test_a_nan_loss_stops_with_the_batch_saved(
+    toy_overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    sample = train.Replay.sample
+
+    def poisoned(self: Any) -> Any:
+        batch = sample(self)
+        if self.written > 60:
+            batch["reward"][0, 0] = torch.inf
+        return batch
+
+    monkeypatch.setattr(train.Replay, "sample", poisoned)
+    assert main(compose(toy_overrides)) == 1
+    assert "NaN or infinite" in capsys.readouterr().out
+    run = folder(toy_overrides)
+    assert torch.load(run / "nonfinite_batch.pt", weights_only=False)["reward"].isinf().any()
+    assert all(torch.isfinite(w).all() for w in weights(run).values())
+
+
+def test_full_disk_while_saving(
+    toy_overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    main(compose([*toy_overrides, "collector.total_frames=288"]))
+    before = weights(folder(toy_overrides))
+
+    def full(state: Any, path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        assert main(compose(toy_overrides)) == 1
+    said = capsys.readouterr().out
+    assert "No space left" in said and "Remedy" in said
+    run = folder(toy_overrides)
+    assert not list((run / "checkpoints").glob("*.partial"))
+    after = weights(run)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_run_folder_that_cannot_be_written(program: Program, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result = program(f"run.dir={tmp_path / 'file' / 'run'}", "env.backend=toy")
+    assert result.returncode == 1
+    assert "cannot be written" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_exit(
+    number: signal.Signals, code: int, toy_overrides: list[str]
+) -> None:
+    args = [*toy_overrides, "collector.total_frames=10000000", "checkpoint.interval_frames=10000000"]
+    process = start(args)
+    run = folder(toy_overrides)
+    wait_for(lambda: len(rows_of(run)) > 4)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == code, out
+    saved = checkpoint.read_meta(checkpoint.find(run))
+    assert saved["frames"] == int(metrics(run)[-1]["frames"]) > 0
+    assert json.loads((run / "summary.json").read_text())["exit_reason"] == number.name
+
+
+def start(args: list[str], code: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "dreamer_isaac.py")]
+    if code:
+        command = [sys.executable, "-c", code]
+    return subprocess.Popen(
+        [*command, *args], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def rows_of(run: Path) -> list[dict[str, str]]:
+    return metrics(run) if (run / "metrics.csv").exists() else []
+
+
+KILL_AT_RENAME = """
+import os, signal, sys
+rename, count = os.rename, 0
+def dying(a, b):
+    global count
+    count += 1
+    if count == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(a, b)
+os.rename = dying
+import runpy
+sys.argv[0] = "dreamer_isaac.py"
+from dreamer_isaac import cli
+sys.exit(cli.run(sys.argv[1:]))
+"""
+
+
+def test_killed_at_ten_moments_it_always_resumes(toy_overrides: list[str]) -> None:
+    args = [*toy_overrides, "collector.total_frames=10000000", "evaluation.final=false"]
+    run, rng = folder(toy_overrides), random.Random(0)
+    reached = 0
+    for attempt in range(10):
+        # Every third dies between writing a checkpoint and renaming it.
+        process = start(args, KILL_AT_RENAME if attempt % 3 == 0 else "")
+        if attempt % 3:
+            first = len(rows_of(run))
+            wait_for(lambda n=first: len(rows_of(run)) > n + 2 or process.poll() is not None)
+            time.sleep(rng.random() * 0.3)
+            process.kill()
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, out
+        if reached:
+            assert f"{reached:,} frames" in out  # it went on from the newest complete one
+        logged = int(rows_of(run)[-1]["frames"])
+        saved = checkpoint.read_meta(checkpoint.find(run))["frames"]
+        assert saved >= reached
+        assert logged - saved <= 192 + 96  # one save interval, and the batch under way
+        checkpoint.load(checkpoint.find(run), ["networks", "learner"], torch.device("cpu"))
+        reached = saved
+    frames = [int(r["frames"]) for r in rows_of(run)]
+    assert frames == sorted(set(frames))
