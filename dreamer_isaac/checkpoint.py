@@ -102,7 +102,9 @@ class Checkpoints:
         """Folders of complete checkpoints (by name and meta.json), oldest first."""
         if not self.folder.is_dir():
             return []
-        found = [p for p in self.folder.iterdir() if p.name.isdigit() and (p / "meta.json").exists()]
+        found = [
+            p for p in self.folder.iterdir() if p.name.isdigit() and (p / "meta.json").exists()
+        ]
         return sorted(found)
 
     def latest(self) -> Path | None:

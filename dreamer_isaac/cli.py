@@ -84,8 +84,10 @@ def _checked_overrides(overrides: list[str]) -> list[str]:
         elif name in paths:
             out.append(text)
         elif name in sections:
-            problems.append(f"'{name}' is a section; set one of its keys: "
-                            f"{', '.join(sorted(p for p in paths if p.startswith(name + '.')))}.")  # fmt: skip
+            problems.append(
+                f"'{name}' is a section; set one of its keys: "
+                f"{', '.join(sorted(p for p in paths if p.startswith(name + '.')))}."
+            )
         else:
             problems.append(unknown_key(name))
     if problems:

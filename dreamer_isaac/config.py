@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -29,8 +28,10 @@ class ConfigError(ValueError):
 
     def __init__(self, problems: list[str]):
         self.problems = problems
-        head = "The configuration has a mistake:" if len(problems) == 1 else (
-            f"The configuration has {len(problems)} mistakes:"
+        head = (
+            "The configuration has a mistake:"
+            if len(problems) == 1
+            else (f"The configuration has {len(problems)} mistakes:")
         )
         super().__init__("\n".join([head, *(f"  - {p}" for p in problems)]))
 

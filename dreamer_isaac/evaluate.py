@@ -239,7 +239,9 @@ def plots(folder: Path, rows: list[dict[str, str]], loop: OpenLoop | None, names
 
     if loop is not None:
         shown = min(8, loop.truth.shape[2])
-        figure, axes = plt.subplots(-(-(shown + 1) // 3), 3, figsize=(11, 2.4 * -(-(shown + 1) // 3)))
+        figure, axes = plt.subplots(
+            -(-(shown + 1) // 3), 3, figsize=(11, 2.4 * -(-(shown + 1) // 3))
+        )
         flat = axes.flat
         for i in range(shown):
             flat[i].plot(loop.truth[0, :, i], label="truth")

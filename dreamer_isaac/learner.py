@@ -72,9 +72,7 @@ class Observed(NamedTuple):
         return torch.cat([self.belief, self.state], -1)
 
 
-def lambda_return(
-    reward: Tensor, value: Tensor, discount: Tensor, lmbda: float | Tensor
-) -> Tensor:
+def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lmbda: float | Tensor) -> Tensor:
     """R[t] = r[t+1] + d[t+1] ((1 - l[t+1]) v[t+1] + l[t+1] R[t+1]), R[T] = v[T].
 
     Sutton and Barto's lambda return as DreamerV3 (eq. 7) writes it.
@@ -302,7 +300,9 @@ class Learner:
         agent, algo = self.agent, self.algo
         logits = agent.critic(observed.features[:, :-1])
         with torch.no_grad():
-            reward = batch["reward"][:, 1:-1] * self.reward_multiplier  # led to by the actions of steps 1..T-1
+            reward = (
+                batch["reward"][:, 1:-1] * self.reward_multiplier
+            )  # led to by the actions of steps 1..T-1
             alive = 1 - batch["terminated"][:, 1:-1].to(self.dtype)
             ended = batch["is_first"][:, 2:]
             reached = agent.critic.mean(agent.critic(observed.arrival[:, 1:]))

@@ -71,7 +71,9 @@ def devices(cfg: Config) -> tuple[torch.device, torch.device]:
         try:
             device = torch.device(name)
         except RuntimeError:
-            raise ConfigError([f"{path}={wanted}: allowed are auto, cpu, cuda, cuda:0, ..."]) from None
+            raise ConfigError(
+                [f"{path}={wanted}: allowed are auto, cpu, cuda, cuda:0, ..."]
+            ) from None
         if device.type == "cuda" and (device.index or 0) >= count:
             raise ConfigError([f"{path}={wanted}: this machine has {count} CUDA devices. Remedy: "
                                f"{path}=auto."])  # fmt: skip

@@ -48,9 +48,7 @@ class RingSliceSampler(Sampler):
             raise ValueError(f"{filled} steps are stored, a slice needs {self.length}.")
         device = self.generator.device
         slices = batch_size // self.length
-        draw = torch.randint(
-            starts * envs, (slices,), generator=self.generator, device=device
-        )
+        draw = torch.randint(starts * envs, (slices,), generator=self.generator, device=device)
         # In a full ring the oldest record stands at the cursor; before that, at 0.
         oldest = self.cursor if storage._is_full else 0
         start = draw // envs + oldest

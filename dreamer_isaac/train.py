@@ -121,7 +121,9 @@ class Run:
 
     def describe(self) -> None:
         parameters = sum(p.numel() for p in self.learner.params.values())
-        self.console.say(f"networks: {parameters:,} parameters ({self.cfg.model.size}) on {self.device}")
+        self.console.say(
+            f"networks: {parameters:,} parameters ({self.cfg.model.size}) on {self.device}"
+        )
         self.console.say(self.replay.describe())
 
     def save(self) -> None:
@@ -177,13 +179,18 @@ class Run:
         if "exact" in state:
             self.collector.load_state_dict(state["exact"]["collector"])
             self.limiter.credit = state["exact"]["credit"]
-        self.console.say(f"resumed from {found}: {self.frames:,} frames, {self.learner.updates:,} updates"
-                         + ("" if "replay" in state else "; the replay buffer is refilled first"))  # fmt: skip
+        self.console.say(
+            f"resumed from {found}: {self.frames:,} frames, {self.learner.updates:,} updates"
+            + ("" if "replay" in state else "; the replay buffer is refilled first")
+        )
 
     def _check_same_run(self, saved: dict[str, Any]) -> None:
         mine = to_dict(self.cfg)
         fixed = [("env", k) for k in ("name", "num_envs", "seed", "cfg", "action_bound")]
-        fixed += [("model", k) for k in mine["model"]] + [("algo", "name"), ("evaluation", "num_envs")]
+        fixed += [("model", k) for k in mine["model"]] + [
+            ("algo", "name"),
+            ("evaluation", "num_envs"),
+        ]
         odd = [
             f"{a}.{b}={mine[a][b]!r}, but the run has {saved[a].get(b)!r}"
             for a, b in fixed if mine[a][b] != saved[a].get(b)
@@ -256,7 +263,7 @@ def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
         while run.frames < cfg.collector.total_frames and not stop.number:
             run.frames += collector.step()
             run.limiter.collected(run.frames, collector.steps * replay.envs)
-            for _ in range(run.limiter.due(replay.ready)):
+            for _ in run.limiter.due(replay.ready):
                 batch = replay.sample()
                 metrics, latents = learner.update(batch)
                 replay.refresh(batch, latents)

@@ -90,7 +90,11 @@ def test_checkpoint_is_short_for_its_path() -> None:
 
 
 def test_sizes_are_the_reference_implementation_s() -> None:
-    expected = {"1m": (512, 64, 4, 64), "12m": (2048, 256, 16, 256), "400m": (12288, 1536, 96, 1536)}
+    expected = {
+        "1m": (512, 64, 4, 64),
+        "12m": (2048, 256, 16, 256),
+        "400m": (12288, 1536, 96, 1536),
+    }
     for size, (belief, hidden, classes, units) in expected.items():
         model = compose([f"size={size}"]).model
         assert (model.belief, model.hidden, model.classes, model.units) == (

@@ -1,8 +1,8 @@
 """DESIGN's time table, row by row: on the toy env of known dynamics and on the embedded simulator.
 
-    obs[t], is_first[t]                          known before action[t]
-    action[t]                                    as executed, clipped
-    reward[t+1], terminated[t+1], truncated[t+1] what action[t] led to, stored with record t
+obs[t], is_first[t]                          known before action[t]
+action[t]                                    as executed, clipped
+reward[t+1], terminated[t+1], truncated[t+1] what action[t] led to, stored with record t
 """
 
 from __future__ import annotations

@@ -379,7 +379,9 @@ def test_arrivals_at_an_episode_end_are_the_prior() -> None:
     torch.testing.assert_close(observed.arrival[elsewhere], observed.features[elsewhere])
 
 
-def test_last_reward_of_an_episode_is_trained_and_the_reset_observation_is_not_used_for_it() -> None:
+def test_last_reward_of_an_episode_is_trained_and_the_reset_observation_is_not_used_for_it() -> (
+    None
+):
     learner = make_learner()
     batch = make_batch()
     batch["is_first"][1, 3] = batch["terminated"][1, 2] = True

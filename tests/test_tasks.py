@@ -12,36 +12,66 @@ import torch
 
 pytest.importorskip("mjlab")
 
-from mjlab.envs import ManagerBasedRlEnv  # noqa: E402
-from mjlab.tasks.registry import list_tasks, load_env_cfg  # noqa: E402
-from mjlab.utils.lab_api.math import quat_apply, quat_from_euler_xyz  # noqa: E402
+from mjlab.envs import ManagerBasedRlEnv
+from mjlab.tasks.registry import list_tasks, load_env_cfg
+from mjlab.utils.lab_api.math import quat_apply, quat_from_euler_xyz
 
-from dreamer_isaac.envs import tasks  # noqa: E402
-from dreamer_isaac.envs.tasks import ant, cartpole, humanoid  # noqa: E402
+from dreamer_isaac.envs import tasks
+from dreamer_isaac.envs.tasks import ant, cartpole, humanoid
 
 DT = 1 / 60
-ANT_JOINTS = [f"{leg}_{part}" for part in ("leg", "foot") for leg in (
-    "front_left", "front_right", "left_back", "right_back")]
+ANT_JOINTS = [
+    f"{leg}_{part}"
+    for part in ("leg", "foot")
+    for leg in ("front_left", "front_right", "left_back", "right_back")
+]
 ANT_LIMITS_DEG = [(-40, 40)] * 4 + [(30, 100), (-100, -30), (-100, -30), (30, 100)]
-HUMANOID_JOINTS = (
-    "lower_waist:0 lower_waist:1 right_upper_arm:0 right_upper_arm:2 left_upper_arm:0 "
-    "left_upper_arm:2 pelvis right_lower_arm left_lower_arm right_thigh:0 right_thigh:1 "
-    "right_thigh:2 left_thigh:0 left_thigh:1 left_thigh:2 right_shin left_shin right_foot:0 "
-    "right_foot:1 left_foot:0 left_foot:1"
-).split()
+HUMANOID_JOINTS = [
+    "lower_waist:0",
+    "lower_waist:1",
+    "right_upper_arm:0",
+    "right_upper_arm:2",
+    "left_upper_arm:0",
+    "left_upper_arm:2",
+    "pelvis",
+    "right_lower_arm",
+    "left_lower_arm",
+    "right_thigh:0",
+    "right_thigh:1",
+    "right_thigh:2",
+    "left_thigh:0",
+    "left_thigh:1",
+    "left_thigh:2",
+    "right_shin",
+    "left_shin",
+    "right_foot:0",
+    "right_foot:1",
+    "left_foot:0",
+    "left_foot:1",
+]
 HUMANOID_TORQUES = [67.5] * 7 + [45.0] * 2 + [45.0, 135.0, 45.0] * 2 + [90.0] * 2 + [22.5] * 4
 HUMANOID_LIMITS_DEG = (
-    [(-45, 45), (-75, 30)] + [(-90, 70)] * 4 + [(-35, 35), (-90, 50), (-90, 50)]
-    + [(-45, 15), (-120, 45), (-60, 35)] * 2 + [(-160, 2)] * 2 + [(-50, 50)] * 4
+    [(-45, 45), (-75, 30)]
+    + [(-90, 70)] * 4
+    + [(-35, 35), (-90, 50), (-90, 50)]
+    + [(-45, 15), (-120, 45), (-60, 35)] * 2
+    + [(-160, 2)] * 2
+    + [(-50, 50)] * 4
 )
 
 
 def locomotion_terms(joints: int, feet: int, ang: float, vel: float, force: float) -> list[tuple]:
     return [
-        ("base_height", 1, None), ("base_lin_vel", 3, None), ("base_ang_vel", 3, ang),
-        ("base_yaw_roll", 2, None), ("base_angle_to_target", 1, None), ("base_up_proj", 1, None),
-        ("base_heading_proj", 1, None), ("joint_pos_norm", joints, None),
-        ("joint_vel_rel", joints, vel), ("feet_body_forces", 6 * feet, force),
+        ("base_height", 1, None),
+        ("base_lin_vel", 3, None),
+        ("base_ang_vel", 3, ang),
+        ("base_yaw_roll", 2, None),
+        ("base_angle_to_target", 1, None),
+        ("base_up_proj", 1, None),
+        ("base_heading_proj", 1, None),
+        ("joint_pos_norm", joints, None),
+        ("joint_vel_rel", joints, vel),
+        ("feet_body_forces", 6 * feet, force),
         ("actions", joints, None),
     ]
 
@@ -50,26 +80,62 @@ def locomotion_terms(joints: int, feet: int, ang: float, vel: float, force: floa
 # ends
 SPEC: dict[str, dict[str, Any]] = {
     "cartpole": dict(
-        id="Isaac-Cartpole-v0", module=cartpole, obs=4, joints=["slider_to_cart", "cart_to_pole"],
-        torques=[100.0], episode_s=5, envs=4,
+        id="Isaac-Cartpole-v0",
+        module=cartpole,
+        obs=4,
+        joints=["slider_to_cart", "cart_to_pole"],
+        torques=[100.0],
+        episode_s=5,
+        envs=4,
         terms=[("joint_pos_rel", 2, None), ("joint_vel_rel", 2, None)],
-        rewards=dict(alive=1.0, terminating=-2.0, pole_pos=-1.0, cart_vel=-0.01, pole_vel=-0.005,
-                     success_rate=0.0),
+        rewards=dict(
+            alive=1.0,
+            terminating=-2.0,
+            pole_pos=-1.0,
+            cart_vel=-0.01,
+            pole_vel=-0.005,
+            success_rate=0.0,
+        ),
         ends=["time_out", "cart_out_of_bounds"],
     ),
     "ant": dict(
-        id="Isaac-Ant-v0", module=ant, obs=60, joints=ANT_JOINTS, torques=[7.5] * 8,
-        episode_s=16, envs=8, terms=locomotion_terms(8, 4, 1.0, 0.2, 0.1),
-        rewards=dict(progress=1.0, alive=0.5, upright=0.1, move_to_target=0.5, action_l2=-0.005,
-                     energy=-0.05, joint_pos_limits=-0.1),
+        id="Isaac-Ant-v0",
+        module=ant,
+        obs=60,
+        joints=ANT_JOINTS,
+        torques=[7.5] * 8,
+        episode_s=16,
+        envs=8,
+        terms=locomotion_terms(8, 4, 1.0, 0.2, 0.1),
+        rewards=dict(
+            progress=1.0,
+            alive=0.5,
+            upright=0.1,
+            move_to_target=0.5,
+            action_l2=-0.005,
+            energy=-0.05,
+            joint_pos_limits=-0.1,
+        ),
         ends=["time_out", "torso_height"],
     ),
     "humanoid": dict(
-        id="Isaac-Humanoid-v0", module=humanoid, obs=87, joints=HUMANOID_JOINTS,
-        torques=HUMANOID_TORQUES, episode_s=16, envs=21,
+        id="Isaac-Humanoid-v0",
+        module=humanoid,
+        obs=87,
+        joints=HUMANOID_JOINTS,
+        torques=HUMANOID_TORQUES,
+        episode_s=16,
+        envs=21,
         terms=locomotion_terms(21, 2, 0.25, 0.1, 0.01),
-        rewards=dict(progress=1.0, alive=2.0, upright=0.1, move_to_target=0.5, action_l2=-0.01,
-                     energy=-0.005, joint_pos_limits=-0.25),
+        rewards=dict(
+            progress=1.0,
+            alive=2.0,
+            upright=0.1,
+            move_to_target=0.5,
+            action_l2=-0.01,
+            energy=-0.005,
+            joint_pos_limits=-0.25,
+        ),
         ends=["time_out", "torso_height"],
     ),
 }
@@ -99,8 +165,9 @@ class Task:
     def ids(self, names: list[str]) -> list[int]:
         return [list(self.robot.joint_names).index(name) for name in names]
 
-    def set_joint(self, name: str, pos: float | None = None, vel: float | None = None,
-                  row: int | None = None) -> None:
+    def set_joint(
+        self, name: str, pos: float | None = None, vel: float | None = None, row: int | None = None
+    ) -> None:
         rows = slice(None) if row is None else [row]
         all_pos, all_vel = self.robot.data.joint_pos.clone(), self.robot.data.joint_vel.clone()
         column = self.ids([name])[0]
@@ -110,14 +177,20 @@ class Task:
             all_vel[rows, column] = vel
         self.robot.write_joint_state_to_sim(all_pos, all_vel)
 
-    def set_root(self, pos: tuple[float, float, float], rpy: tuple[float, float, float] = (0, 0, 0),
-                 ang_vel: tuple[float, float, float] = (0, 0, 0)) -> None:
+    def set_root(
+        self,
+        pos: tuple[float, float, float],
+        rpy: tuple[float, float, float] = (0, 0, 0),
+        ang_vel: tuple[float, float, float] = (0, 0, 0),
+    ) -> None:
         n = self.env.num_envs
         quat = quat_from_euler_xyz(*(torch.full((n,), float(angle)) for angle in rpy))
         self.robot.write_root_link_pose_to_sim(
-            torch.cat([torch.tensor(pos).expand(n, 3), quat], dim=-1))
+            torch.cat([torch.tensor(pos).expand(n, 3), quat], dim=-1)
+        )
         self.robot.write_root_link_velocity_to_sim(
-            torch.tensor([0.0, 0.0, 0.0, *ang_vel]).expand(n, 6))
+            torch.tensor([0.0, 0.0, 0.0, *ang_vel]).expand(n, 6)
+        )
 
     def observe(self, term: str | None = None) -> torch.Tensor:
         self.env.sim.forward()
@@ -127,7 +200,7 @@ class Task:
         start = 0
         for name, size, _ in self.spec["terms"]:
             if name == term:
-                return obs[:, start:start + size]
+                return obs[:, start : start + size]
             start += size
         raise KeyError(term)
 
@@ -219,8 +292,9 @@ def test_joint_order_is_breadth_first(task: Task) -> None:
     model = module._spec().compile()
     level, order = [0], []
     while level:
-        children = [b for parent in level for b in range(1, model.nbody)
-                    if model.body_parentid[b] == parent]
+        children = [
+            b for parent in level for b in range(1, model.nbody) if model.body_parentid[b] == parent
+        ]
         for body in children:
             first = model.body_jntadr[body]
             names = [model.joint(first + k).name for k in range(model.body_jntnum[body])]
@@ -235,7 +309,7 @@ def test_joint_order_is_breadth_first(task: Task) -> None:
 def test_action_column_drives_the_named_joint(task: Task) -> None:
     torques = task.spec["torques"]
     actions = torch.zeros(task.env.num_envs, len(torques))
-    actions[:len(torques)] = torch.eye(len(torques))
+    actions[: len(torques)] = torch.eye(len(torques))
     task.env.step(actions)
     force = task.robot.data.qfrc_actuator
     for row, torque in enumerate(torques):
@@ -316,7 +390,8 @@ def test_angle_to_target_wraps(crawler: Task) -> None:
 def test_velocity_is_the_centre_of_masss_in_the_roots_frame(walker: Task) -> None:
     walker.set_root((0.0, 0.0, 1.34), rpy=(0.0, 0.0, 0.5 * math.pi), ang_vel=(0.0, 0.0, 2.0))
     torch.testing.assert_close(
-        walker.observe("base_ang_vel")[0], torch.tensor([0.0, 0.0, 0.5]), atol=1e-5, rtol=0)
+        walker.observe("base_ang_vel")[0], torch.tensor([0.0, 0.0, 0.5]), atol=1e-5, rtol=0
+    )
     walker.set_root((0.0, 0.0, 1.34), rpy=(0.0, 0.0, 0.5 * math.pi), ang_vel=(0.0, 2.0, 0.0))
     offset = walker.env.sim.mj_model.body("robot/torso").ipos
     # In the root frame the world's y is x: (2, 0, 0) x offset.
@@ -337,10 +412,17 @@ def test_nan_reaches_the_observation(task: Task) -> None:
 
 def test_wrench_frame_is_the_joint_frame() -> None:
     for module, axes in (
-        (ant, {f"{leg}_foot": [f"{leg}_foot"] for leg in (
-            "front_left", "front_right", "left_back", "right_back")}),
-        (humanoid, {f"{side}_foot": [f"{side}_foot:0", f"{side}_foot:1"]
-                    for side in ("left", "right")}),
+        (
+            ant,
+            {
+                f"{leg}_foot": [f"{leg}_foot"]
+                for leg in ("front_left", "front_right", "left_back", "right_back")
+            },
+        ),
+        (
+            humanoid,
+            {f"{side}_foot": [f"{side}_foot:0", f"{side}_foot:1"] for side in ("left", "right")},
+        ),
     ):
         model = module._spec().compile()
         for body, joint_names in axes.items():
@@ -381,8 +463,10 @@ def test_standing_ant_stays_up_and_carries_its_weight_on_its_feet(crawler: Task)
 def test_wrench_columns_follow_the_body_names(runner: Task) -> None:
     bodies = runner.spec["module"].WRENCH_BODIES
     assert [body.removesuffix("_foot") for body in bodies] == (
-        ["front_left", "front_right", "left_back", "right_back"] if len(bodies) == 4
-        else ["right", "left"])
+        ["front_left", "front_right", "left_back", "right_back"]
+        if len(bodies) == 4
+        else ["right", "left"]
+    )
     runner.env.episode_length_buf[:] = 1
     runner.set_root((0.0, 0.0, 5.0))
     driven = [f"{body}:0" if f"{body}:0" in runner.joints else body for body in bodies]
@@ -539,8 +623,14 @@ def test_default_pose(crawler: Task) -> None:
 
 
 def test_humanoid_springs_pull_to_zero(walker: Task) -> None:
-    table = {"lower_waist:1": (20, 5), "right_thigh:1": (20, 5), "left_shin": (5, 0.1),
-             "left_foot:1": (2, 1), "right_upper_arm:2": (10, 5), "left_lower_arm": (2, 1)}
+    table = {
+        "lower_waist:1": (20, 5),
+        "right_thigh:1": (20, 5),
+        "left_shin": (5, 0.1),
+        "left_foot:1": (2, 1),
+        "right_upper_arm:2": (10, 5),
+        "left_lower_arm": (2, 1),
+    }
     model = walker.env.sim.mj_model
     for name, (stiffness, damping) in table.items():
         joint = model.joint(f"robot/{name}")

@@ -1,4 +1,4 @@
-"""Whole runs on the toy simulator: what they leave behind, resuming, and every way to break them."""
+"""Whole runs on the toy simulator: what they leave behind, resuming, and ways to break them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def folder(overrides: list[str]) -> Path:
 
 def metrics(run: Path) -> list[dict[str, str]]:
     with open(run / "metrics.csv") as f:
-        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in csv.DictReader(f)]
+        return [
+            {k: v for k, v in row.items() if not k.startswith("time/")} for row in csv.DictReader(f)
+        ]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -57,13 +59,28 @@ def test_a_run_leaves_everything_that_is_promised(toy_overrides: list[str]) -> N
     run = folder(toy_overrides)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["frames"] == 960 and summary["exit_reason"] == "finished"
-    assert summary["updates"] == 12  # (960 - 192) frames, 2/3 stored, ratio 1/2, 32 a batch... below
+    assert summary["updates"] == 8  # 8 batches after the random ones, 64 * 0.5 trained steps each
     evaluation = summary["evaluation"]
     assert evaluation["episodes"] == 12 and evaluation["return_stderr"] > 0
-    for key in ("env", "backend", "versions", "device", "wall_seconds", "fps", "updates_per_second"):
+    for key in (
+        "env",
+        "backend",
+        "versions",
+        "device",
+        "wall_seconds",
+        "fps",
+        "updates_per_second",
+    ):
         assert summary[key], key
-    for name in ("config.yaml", "metrics.csv", "log.txt", "plots/losses.png",
-                 "plots/learning_curve.png", "plots/open_loop.png", "checkpoints/latest"):  # fmt: skip
+    for name in (
+        "config.yaml",
+        "metrics.csv",
+        "log.txt",
+        "plots/losses.png",
+        "plots/learning_curve.png",
+        "plots/open_loop.png",
+        "checkpoints/latest",
+    ):
         assert (run / name).stat().st_size > 0, name
     rows = metrics(run)
     frames = [int(r["frames"]) for r in rows]
@@ -256,14 +273,14 @@ def test_a_nan_loss_stops_with_the_batch_saved(
     def poisoned(self: Any) -> Any:
         batch = sample(self)
         if self.written > 60:
-            batch["reward"][0, 0] = torch.inf
+            batch["reward"][0, 0] = torch.nan
         return batch
 
     monkeypatch.setattr(train.Replay, "sample", poisoned)
     assert main(compose(toy_overrides)) == 1
     assert "NaN or infinite" in capsys.readouterr().out
     run = folder(toy_overrides)
-    assert torch.load(run / "nonfinite_batch.pt", weights_only=False)["reward"].isinf().any()
+    assert torch.load(run / "nonfinite_batch.pt", weights_only=False)["reward"].isnan().any()
     assert all(torch.isfinite(w).all() for w in weights(run).values())
 
 
@@ -296,10 +313,12 @@ def test_a_run_folder_that_cannot_be_written(program: Program, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_and_exit(
-    number: signal.Signals, code: int, toy_overrides: list[str]
-) -> None:
-    args = [*toy_overrides, "collector.total_frames=10000000", "checkpoint.interval_frames=10000000"]
+def test_signals_save_and_exit(number: signal.Signals, code: int, toy_overrides: list[str]) -> None:
+    args = [
+        *toy_overrides,
+        "collector.total_frames=10000000",
+        "checkpoint.interval_frames=10000000",
+    ]
     process = start(args)
     run = folder(toy_overrides)
     wait_for(lambda: len(rows_of(run)) > 4)
@@ -358,7 +377,7 @@ def test_killed_at_ten_moments_it_always_resumes(toy_overrides: list[str]) -> No
         process = start(args, KILL_AT_RENAME if attempt % 3 == 0 else "")
         if attempt % 3:
             first = len(rows_of(run))
-            wait_for(lambda n=first: len(rows_of(run)) > n + 2 or process.poll() is not None)
+            wait_for(lambda n=first, p=process: len(rows_of(run)) > n + 2 or p.poll() is not None)
             time.sleep(rng.random() * 0.3)
             process.kill()
         out, _ = process.communicate(timeout=60)

@@ -63,11 +63,17 @@ def make_mjlab(cfg: Config, device: torch.device, render: bool) -> SimEnv:
     task.seed = cfg.env.seed
     group = next((g for g in OBSERVATION_GROUPS if g in task.observations), None)
     if group is None:
-        raise ConfigError([f"env.name={name!r} has the observation groups "
-                           f"{', '.join(task.observations)}; one of {OBSERVATION_GROUPS} is needed."])  # fmt: skip
+        raise ConfigError(
+            [
+                f"env.name={name!r} has the observation groups "
+                f"{', '.join(task.observations)}; one of {OBSERVATION_GROUPS} is needed."
+            ]
+        )
     # mjlab prints a table for every manager; a user who wants them sets MJLAB_VERBOSE.
-    quiet = contextlib.nullcontext() if os.environ.get("MJLAB_VERBOSE") else (
-        contextlib.redirect_stdout(io.StringIO())
+    quiet = (
+        contextlib.nullcontext()
+        if os.environ.get("MJLAB_VERBOSE")
+        else (contextlib.redirect_stdout(io.StringIO()))
     )
     with quiet:
         env = MJLabEnv(
@@ -120,7 +126,11 @@ class MjlabEnv(SimEnv):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> Observation:
-        first = self.reset()
+        self.reset()
+        # mjlab makes some buffers anew in its first step; after one, the set is as it was saved.
+        _, _, first = self.step(
+            torch.zeros(self.info.num_envs, self.info.action, device=self.device)
+        )
         mine = dict(_tensors(self.sim))
         if mine.keys() != state["tensors"].keys():
             odd = sorted(mine.keys() ^ state["tensors"].keys())
@@ -209,12 +219,12 @@ def _objects(root: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_ours(value: Any) -> bool:
-    if isinstance(value, type) or callable(value) and not hasattr(value, "__dict__"):
+    if isinstance(value, type) or (callable(value) and not hasattr(value, "__dict__")):
         return False
     module = type(value).__module__
     # A term of the user's own is a callable object of their module.
     return module.split(".")[0] in ("mjlab", "mujoco_warp", "warp", "dreamer_isaac") or (
-        hasattr(value, "__call__") and hasattr(value, "reset") and not isinstance(value, type)
+        callable(value) and hasattr(value, "reset") and not isinstance(value, type)
     )
 
 
@@ -246,7 +256,9 @@ def _counters(sim: Any) -> Iterator[tuple[str, int | float | bool]]:
     import warp as wp
 
     for path, node in _objects(sim):
-        if isinstance(node, dict | list | tuple | Tensor | wp.array) or not hasattr(node, "__dict__"):
+        if isinstance(node, dict | list | tuple | Tensor | wp.array) or not hasattr(
+            node, "__dict__"
+        ):
             continue
         for name, value in vars(node).items():
             if isinstance(value, bool | int | float) and name not in _SKIP:

@@ -104,9 +104,7 @@ class Actor(nn.Module):
         self, features: int, action: int, units: int, layers: int, min_std: float, max_std: float
     ):
         super().__init__()
-        self.net = DreamerV3MLP(
-            features, 2 * action, depth=layers, num_cells=units, outscale=0.01
-        )
+        self.net = DreamerV3MLP(features, 2 * action, depth=layers, num_cells=units, outscale=0.01)
         self.min_std, self.max_std = min_std, max_std
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
