@@ -199,7 +199,7 @@ def load_networks(module: torch.nn.Module, state: dict[str, Any], source: Path) 
     ]  # fmt: skip
     if odd:
         raise CheckpointError(
-            f"the networks in {source} are of another shape: {'; '.join(odd[:4])}. Remedy: the same "
-            "size=, model.* and task as the run that saved them."
+            f"the networks in {source} are of another shape: {'; '.join(odd[:4])}. Remedy: the "
+            "same size=, model.* and task as the run that saved them."
         )
     module.load_state_dict(state)

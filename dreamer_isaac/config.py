@@ -481,7 +481,7 @@ def _training_contradictions(cfg: Config) -> list[str]:
     if train_envs < 1:
         return [
             f"evaluation.num_envs={ev.num_envs} leaves no env for training of env.num_envs="
-            f"{env.num_envs}. Remedy: evaluation.num_envs={env.num_envs // 4} or less, or more envs."
+            f"{env.num_envs}. Remedy: evaluation.num_envs={env.num_envs // 4} or less."
         ]
     if rb.batch_size % rb.batch_length:
         lower = rb.batch_size // rb.batch_length * rb.batch_length or rb.batch_length
@@ -529,7 +529,7 @@ def _task_contradictions(env: EnvConfig) -> list[str]:
     near = difflib.get_close_matches(env.name, EMBEDDED_TASKS, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     return [
-        f"env.name={env.name!r}: the embedded simulator has {', '.join(EMBEDDED_TASKS)} and mjlab's "
-        f"own {MJLAB_PREFIX}* tasks (python scripts/list_envs.py lists them).{hint} A task of your "
+        f"env.name={env.name!r}: the embedded simulator has {', '.join(EMBEDDED_TASKS)} and "
+        f"mjlab's own {MJLAB_PREFIX}* tasks (python scripts/list_envs.py lists them).{hint} A task of your "
         "own needs env.import=<module that registers it>; other Isaac Lab tasks need Isaac Lab."
     ]

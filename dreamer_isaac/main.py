@@ -85,8 +85,8 @@ def devices(cfg: Config) -> tuple[torch.device, torch.device]:
     sim = pick("env.device", cfg.env.device, auto)
     learn = pick("optimization.device", cfg.optimization.device, str(sim))
     if sim != learn:
-        raise ConfigError([f"env.device={sim} and optimization.device={learn} differ: collecting on "
-                           "one device and learning on another is not built yet."])  # fmt: skip
+        raise ConfigError([f"env.device={sim} and optimization.device={learn} differ: collecting "
+                           "on one device and learning on another is not built yet."])  # fmt: skip
     return sim, learn
 
 
@@ -144,8 +144,8 @@ def report(
     start = time.monotonic()
     episodes = evaluate.play(env, agent, cfg.evaluation, cfg.env.seed + 1, console.say)
     summary = episodes.summary()
-    console.say(f"evaluation ({cfg.evaluation.policy} policy): return {summary['return_mean']:.3f} +- "
-                f"{summary['return_stderr']:.3f} over {summary['episodes']} episodes of "
+    console.say(f"evaluation ({cfg.evaluation.policy} policy): return "
+                f"{summary['return_mean']:.3f} +- {summary['return_stderr']:.3f} over {summary['episodes']} episodes of "
                 f"{summary['length_mean']:.0f} steps on average "
                 f"({duration(time.monotonic() - start)})")  # fmt: skip
     if episodes.frames:

@@ -87,7 +87,9 @@ class Agent(nn.Module):
         Args:
             observation: [N, O]. is_first: [N] bool. carry: after the last step.
             uniform: [N, S] noise of the posterior. normal: [N, A] noise of the policy.
-            deterministic: [N] bool; these rows take the mode of the posterior and of the policy.
+            deterministic: [N] bool; these rows take the policy's mean. The posterior is sampled
+                for every row, as in the reference: the networks have only seen samples, and its
+                mode as a state played far worse (cartpole: 1.3 where samples gave 4.9).
 
         Returns:
             belief [N, D] and state [N, S*K] after `observation`, and the action [N, A] of the
@@ -96,10 +98,9 @@ class Agent(nn.Module):
         embedding = self.rssm.project_embedding(self.encoder(observation))
         belief = self.belief_step(carry, is_first)
         logits = self.rssm.posterior_logits(belief, embedding)
-        greedy = deterministic.unsqueeze(-1)
-        state = torch.where(greedy, self.rssm.mode(logits), self.rssm.sample(logits, uniform))
+        state = self.rssm.sample(logits, uniform)
         mean, std = self.actor(torch.cat([belief, state], -1))
-        action = torch.where(greedy, mean, mean + std * normal)
+        action = torch.where(deterministic.unsqueeze(-1), mean, mean + std * normal)
         return belief, state, action
 
     @torch.no_grad()
