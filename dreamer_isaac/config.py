@@ -529,7 +529,8 @@ def _task_contradictions(env: EnvConfig) -> list[str]:
     near = difflib.get_close_matches(env.name, EMBEDDED_TASKS, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     return [
-        f"env.name={env.name!r}: the embedded simulator has {', '.join(EMBEDDED_TASKS)} and "
-        f"mjlab's own {MJLAB_PREFIX}* tasks (python scripts/list_envs.py lists them).{hint} A task of your "
-        "own needs env.import=<module that registers it>; other Isaac Lab tasks need Isaac Lab."
+        f"env.name={env.name!r}: the embedded simulator has {', '.join(EMBEDDED_TASKS)} "
+        f"and mjlab's own {MJLAB_PREFIX}* tasks (python scripts/list_envs.py lists them)."
+        f"{hint} A task of your own needs env.import=<module that registers it>; other Isaac "
+        "Lab tasks need Isaac Lab."
     ]

@@ -145,8 +145,8 @@ def report(
     episodes = evaluate.play(env, agent, cfg.evaluation, cfg.env.seed + 1, console.say)
     summary = episodes.summary()
     console.say(f"evaluation ({cfg.evaluation.policy} policy): return "
-                f"{summary['return_mean']:.3f} +- {summary['return_stderr']:.3f} over {summary['episodes']} episodes of "
-                f"{summary['length_mean']:.0f} steps on average "
+                f"{summary['return_mean']:.3f} +- {summary['return_stderr']:.3f} over "
+                f"{summary['episodes']} episodes of {summary['length_mean']:.0f} steps on average "
                 f"({duration(time.monotonic() - start)})")  # fmt: skip
     if episodes.frames:
         path = folder / "videos" / "evaluation.mp4"
