@@ -118,7 +118,8 @@ class Sync:
         """
         records = [self._one() for _ in range(self.steps)]
         self.env.check_finite()
-        self.sink(torch.stack(records, 1))  # [envs, steps]
+        batch: Any = TensorDict.stack(records, 1)  # [envs, steps]
+        self.sink(batch)
         collected = self.steps * self.env.info.num_envs
         self.frames += collected
         return collected

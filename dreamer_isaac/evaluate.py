@@ -178,7 +178,8 @@ def write_video(path: Path, frames: list[np.ndarray], fps: float) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.stem + ".partial.mp4")
-    with imageio.get_writer(temporary, fps=fps, codec="libx264", macro_block_size=2) as writer:
+    writer: Any = imageio.get_writer(temporary, fps=fps, codec="libx264", macro_block_size=2)
+    with writer:
         for frame in frames:
             writer.append_data(frame)
     temporary.replace(path)

@@ -218,7 +218,7 @@ class Learner:
         reward = agent.reward(observed.arrival)
         logit = agent.continuation(observed.arrival)
         target = batch["reward"][:, :-1] * self.reward_multiplier
-        alive = 1 - batch["terminated"][:, :-1].to(self.dtype)
+        alive = batch["terminated"][:, :-1].logical_not().to(self.dtype)
         alive = alive * (1 - 1 / algo.discount_horizon)
         kl = agent.rssm.kl
         dynamics = kl(observed.posterior.detach(), observed.prior)
@@ -303,7 +303,7 @@ class Learner:
             reward = (
                 batch["reward"][:, 1:-1] * self.reward_multiplier
             )  # led to by the actions of steps 1..T-1
-            alive = 1 - batch["terminated"][:, 1:-1].to(self.dtype)
+            alive = batch["terminated"][:, 1:-1].logical_not().to(self.dtype)
             ended = batch["is_first"][:, 2:]
             reached = agent.critic.mean(agent.critic(observed.arrival[:, 1:]))
             value = torch.where(ended, reached, first_return[:, 1:])
@@ -342,8 +342,9 @@ class Learner:
 
     @torch.no_grad()
     def _move_slow_critic(self) -> None:
-        slow = list(self.agent.slow_critic.parameters())
-        torch._foreach_lerp_(slow, list(self.agent.critic.parameters()), self.algo.slow_critic_rate)
+        slow: list[Tensor] = list(self.agent.slow_critic.parameters())
+        fast: list[Tensor] = list(self.agent.critic.parameters())
+        torch._foreach_lerp_(slow, fast, self.algo.slow_critic_rate)
 
     def check_finite(self) -> None:
         """Wait for the device and complain if any update so far was not finite.

@@ -48,7 +48,7 @@ class LaProp:
         Raises:
             RuntimeError: if a parameter has no gradient.
         """
-        params = list(self.params.values())
+        params: list[Tensor] = list(self.params.values())
         missing = [k for k, p in self.params.items() if p.grad is None]
         if missing:
             raise RuntimeError(f"no gradient for {', '.join(missing[:5])}")

@@ -178,7 +178,8 @@ class Replay:
             storage[name][time, env] = torch.where(mask, new.to(old.dtype), old)
 
     def _tensors(self) -> TensorDictBase:
-        return self.buffer.storage._storage
+        storage: Any = self.buffer.storage
+        return storage._storage
 
     def state_dict(self) -> dict[str, Any]:
         """Contents, cursor and sampler state."""
@@ -207,7 +208,8 @@ class Replay:
         filled = len(state["data"]["serial"])
         data = TensorDict(state["data"], [filled, self.envs]).transpose(0, 1)
         self.buffer.extend(data.to(self.device).contiguous())
-        self.buffer.writer._cursor = state["written"] % self.steps
+        writer: Any = self.buffer.writer
+        writer._cursor = state["written"] % self.steps
         self.written = state["written"]
         self.sampler.cursor = self.written % self.steps
 

@@ -120,7 +120,8 @@ class SimEnv:
         return executed, outcome, Observation(obs, outcome.done.clone())
 
     def _clone_obs(self, td: TensorDictBase) -> Tensor:
-        return td[self.key].to(torch.float32, copy=True)
+        obs: Tensor = td.get(self.key)
+        return obs.to(torch.float32, copy=True)
 
     def check_finite(self) -> None:
         """Complain if any observation or reward since the last call was NaN or infinite.

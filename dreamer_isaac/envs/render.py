@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import mujoco
 import mujoco_warp as mjwarp
 import numpy as np
 import warp as wp
+from mujoco import MjModel  # pyright: ignore[reportAttributeAccessIssue]  # compiled, no stubs
 
 CAMERA = "dreamer_isaac_video"
 
@@ -60,7 +60,7 @@ class Renderer:
         self.lookat = np.array(viewer.lookat)
 
     @staticmethod
-    def _tracked(model: mujoco.MjModel, viewer: Any) -> int:
+    def _tracked(model: MjModel, viewer: Any) -> int:
         """The body that the camera follows; the first movable one by default, 0 for none."""
         names = [model.body(i).name for i in range(model.nbody)]
         for name in (f"{viewer.entity_name}/{viewer.body_name}", viewer.body_name):

@@ -23,17 +23,17 @@ class PointEnv(EnvBase):
     """N points; observation (x, v, step / LENGTH), one action."""
 
     def __init__(self, num_envs: int, seed: int = 0, device: str | torch.device = "cpu"):
-        super().__init__(device=device, batch_size=[num_envs])
+        super().__init__(device=device, batch_size=torch.Size([num_envs]))
         self._torchrl_native_autoreset = True
-        shape = (num_envs, 1)
+        shape, batch = torch.Size([num_envs, 1]), torch.Size([num_envs])
         self.observation_spec = Composite(
-            policy=Unbounded((num_envs, 3), device=self.device), shape=[num_envs]
+            policy=Unbounded(torch.Size([num_envs, 3]), device=self.device), shape=batch
         )
         self.action_spec = Bounded(-torch.inf, torch.inf, shape, device=self.device)
         self.reward_spec = Unbounded(shape, device=self.device)
         flag = Categorical(2, shape=shape, dtype=torch.bool, device=self.device)
         self.done_spec = Composite(
-            done=flag.clone(), terminated=flag.clone(), truncated=flag.clone(), shape=[num_envs]
+            done=flag.clone(), terminated=flag.clone(), truncated=flag.clone(), shape=batch
         )
         self.generator = torch.Generator(device=self.device)
         self.generator.manual_seed(seed)

@@ -73,7 +73,7 @@ class TwoHotHead(nn.Module):
         Equal to `SymExpTwoHot.loss`, without its [..., bins] comparison and dense target: the
         two bins around the target are found by bisection and only their log-probabilities read.
         """
-        bins = self.twohot.bins
+        bins = self.twohot.get_buffer("bins")
         target = target.clamp(bins[0], bins[-1]).contiguous()
         lower = (torch.searchsorted(bins, target, right=True) - 1).clamp(0, len(bins) - 2)
         weight = (target - bins[lower]) / (bins[lower + 1] - bins[lower])

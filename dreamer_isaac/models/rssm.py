@@ -89,6 +89,7 @@ class RSSM(nn.Module):
         self.belief, self.categoricals, self.classes = belief, categoricals, classes
         self.blocks, self.unimix = blocks, unimix
         self.state = categoricals * classes
+        self.action = action
         self.belief_in = layer(belief, hidden)
         self.state_in = layer(self.state, hidden)
         self.action_in = layer(action, hidden)
@@ -151,10 +152,8 @@ class RSSM(nn.Module):
     def initial_belief(self) -> Tensor:
         """[D]: the belief at the first observation of an episode, core(0, 0, 0)."""
         weight = self.posterior_in.weight
-        zeros = weight.new_zeros(1, self.belief + self.state + self.action_in[0].in_features)
-        belief, state, action = zeros.split(
-            [self.belief, self.state, self.action_in[0].in_features], -1
-        )
+        zeros = weight.new_zeros(1, self.belief + self.state + self.action)
+        belief, state, action = zeros.split([self.belief, self.state, self.action], -1)
         return self.core(belief, state, self.project_action(action))[0]
 
     def probs(self, logits: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mujoco
 from mjlab.actuator import BuiltinMotorActuatorCfg
 from mjlab.entity import EntityArticulationInfoCfg, EntityCfg
 from mjlab.envs import ManagerBasedRlEnvCfg
@@ -34,6 +33,7 @@ from mjlab.scene import SceneCfg
 from mjlab.sim import MujocoCfg, SimulationCfg
 from mjlab.terrains import TerrainEntityCfg
 from mjlab.viewer import ViewerConfig
+from mujoco import MjSpec  # pyright: ignore[reportAttributeAccessIssue]  # compiled, no stubs
 
 from . import mdp
 
@@ -82,8 +82,8 @@ TORQUES = {
 TARGET_POS = (1000.0, 0.0, 0.0)
 
 
-def _spec() -> mujoco.MjSpec:
-    return mujoco.MjSpec.from_file(str(Path(__file__).with_name("humanoid.xml")))
+def _spec() -> MjSpec:
+    return MjSpec.from_file(str(Path(__file__).with_name("humanoid.xml")))
 
 
 def env_cfg(play: bool = False) -> ManagerBasedRlEnvCfg:
