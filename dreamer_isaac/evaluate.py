@@ -40,20 +40,28 @@ class Episodes:
     """[E]"""
     lengths: np.ndarray
     """[E], env steps"""
+    terms: dict[str, np.ndarray]
+    """Every reward term's share of the return [E], where the simulator tells them."""
     trajectory: Trajectory
     frames: list[np.ndarray]
     """Video frames [height, width, 3] uint8."""
 
-    def summary(self) -> dict[str, float | int]:
-        """Mean, standard error of the mean, lengths and count."""
-        count = len(self.returns)
-        spread = self.returns.std(ddof=1) if count > 1 else 0.0
+    def summary(self) -> dict[str, Any]:
+        """Mean, standard error of the mean, lengths, count, and the reward terms' shares."""
         return {
             "return_mean": float(self.returns.mean()),
-            "return_stderr": float(spread / np.sqrt(count)),
+            "return_stderr": _standard_error(self.returns),
             "length_mean": float(self.lengths.mean()),
-            "episodes": count,
+            "episodes": len(self.returns),
+            "reward_terms": {
+                name: {"mean": float(share.mean()), "stderr": _standard_error(share)}
+                for name, share in self.terms.items()
+            },
         }
+
+
+def _standard_error(sample: np.ndarray) -> float:
+    return float(sample.std(ddof=1) / np.sqrt(len(sample))) if len(sample) > 1 else 0.0
 
 
 def play(
@@ -80,6 +88,7 @@ def play(
     device = env.device
     returns = torch.zeros(envs, rounds, dtype=torch.float64, device=device)
     lengths = torch.zeros_like(returns)
+    shares: Tensor | None = None
     finished = torch.zeros(envs, dtype=torch.long, device=device)
     greedy = torch.ones(envs, dtype=torch.bool, device=device)
     watched = min(watched, envs)
@@ -110,6 +119,13 @@ def play(
         slot = finished.clamp_max(rounds - 1).unsqueeze(1)
         returns.scatter_add_(1, slot, (outcome.reward.double() * open_).unsqueeze(1))
         lengths.scatter_add_(1, slot, open_.double().unsqueeze(1))
+        names, terms = env.reward_terms()
+        if shares is None:
+            shares = torch.zeros(envs, rounds, len(names), dtype=torch.float64, device=device)
+        shares.scatter_add_(
+            1, slot.unsqueeze(2).expand(-1, -1, len(names)),
+            (terms.double() * open_.unsqueeze(1)).unsqueeze(1),
+        )  # fmt: skip
         finished += outcome.done & open_
         if len(kept) < 4 * cfg.open_loop_steps:
             row = (obs, executed, belief, state, outcome.done)
@@ -122,10 +138,12 @@ def play(
         if not bool((finished >= rounds).all()):
             raise RuntimeError(f"an episode ran longer than {env.info.max_episode_length} steps")
     env.check_finite()
+    assert shares is not None
+    by_term = shares.flatten(0, 1).cpu().numpy()
     columns = [torch.stack(x, 1) for x in zip(*kept, strict=True)]
     return Episodes(
         returns.flatten().cpu().numpy(), lengths.flatten().cpu().numpy(),
-        Trajectory(*columns), frames,
+        {name: by_term[:, i] for i, name in enumerate(names)}, Trajectory(*columns), frames,
     )  # fmt: skip
 
 

@@ -55,6 +55,5 @@ def simulator(cfg: Config) -> Iterator[None]:
     """
     os.environ.setdefault("TD_GET_DEFAULTS_TO_NONE", "1")
     os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("MJLAB_WARP_QUIET", "1")  # else a line for every kernel that is loaded
     os.environ.setdefault("MPLBACKEND", "agg")
     yield

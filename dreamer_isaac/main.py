@@ -148,6 +148,9 @@ def report(
                 f"{summary['return_mean']:.3f} +- {summary['return_stderr']:.3f} over "
                 f"{summary['episodes']} episodes of {summary['length_mean']:.0f} steps on average "
                 f"({duration(time.monotonic() - start)})")  # fmt: skip
+    if summary["reward_terms"]:
+        shares = (f"{k} {v['mean']:.3f}" for k, v in summary["reward_terms"].items())
+        console.say("  of which " + ", ".join(shares))
     if episodes.frames:
         path = folder / "videos" / "evaluation.mp4"
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from dreamer_isaac.config import EMBEDDED_TASKS, isaaclab_available, module_exists
 
@@ -14,7 +13,6 @@ def main() -> None:
     parser.add_argument("--import", dest="module", default="", help="a module with tasks of yours")
     arguments = parser.parse_args()
     if module_exists("mjlab"):
-        os.environ.setdefault("MJLAB_WARP_QUIET", "1")
         from dreamer_isaac.envs.mjlab import load_tasks
 
         for name in load_tasks(arguments.module):

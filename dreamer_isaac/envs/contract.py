@@ -140,6 +140,11 @@ class SimEnv:
                 "time step (env.cfg.sim.mujoco.timestep) or a smaller env.action_bound often helps."
             )
 
+    def reward_terms(self) -> tuple[list[str], Tensor]:
+        """The parts of the last step's reward: their names and values [N, K], which sum to it.
+        Without names where the simulator does not tell."""
+        return [], torch.zeros(self.info.num_envs, 0, device=self.device)
+
     def render(self) -> Any:
         """One RGB frame [height, width, 3] uint8 of env 0, or None where there is no renderer."""
         return None

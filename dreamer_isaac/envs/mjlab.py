@@ -50,6 +50,12 @@ def make_mjlab(cfg: Config, device: torch.device, render: bool) -> SimEnv:
     Raises:
         ConfigError: unknown task, or unknown field in `env.cfg`.
     """
+    import warp as wp
+
+    verbose = bool(os.environ.get("MJLAB_VERBOSE"))
+    if not verbose:  # else a line for every kernel that is loaded, and on a CPU a missing driver
+        wp.config.log_level = wp.LOG_WARNING if device.type == "cuda" else wp.LOG_ERROR
+
     from mjlab.tasks.registry import load_env_cfg
     from torchrl.envs import MJLabEnv
 
@@ -70,11 +76,7 @@ def make_mjlab(cfg: Config, device: torch.device, render: bool) -> SimEnv:
             ]
         )
     # mjlab prints a table for every manager; a user who wants them sets MJLAB_VERBOSE.
-    quiet = (
-        contextlib.nullcontext()
-        if os.environ.get("MJLAB_VERBOSE")
-        else (contextlib.redirect_stdout(io.StringIO()))
-    )
+    quiet = contextlib.nullcontext() if verbose else contextlib.redirect_stdout(io.StringIO())
     with quiet:
         env = MJLabEnv(
             name, cfg=task, num_envs=cfg.env.num_envs, device=device, native_autoreset=True
@@ -103,6 +105,11 @@ class MjlabEnv(SimEnv):
             action_names=action_names(self.sim),
         )
         super().__init__(env, info, group, bound)
+
+    def reward_terms(self) -> tuple[list[str], Tensor]:
+        manager = self.sim.reward_manager  # it keeps rates: value * weight, before the step's time
+        scale = self.sim.step_dt if manager._scale_by_dt else 1.0
+        return list(manager.active_terms), manager._step_reward * scale
 
     def render(self) -> np.ndarray | None:
         if not self.render_enabled:
