@@ -17,10 +17,20 @@ Where the formulas differ from TorchRL's `DreamerV3Loss` and the reference on pu
   terminated): truncation is not termination.
 * **Reset.** The state at `is_first` starts from core(0, 0, 0), computed once per update instead of
   zeroing the inputs of every step; the result is the same.
+
+Three switches change how the update is executed and nothing else:
+
+* `optimization.autocast=bfloat16`: networks run on a copy of the weights in that type, made once an
+  update; master weights, optimiser, noise and losses stay float32.
+* `optimization.compile.enabled`: the time step of each loop, and what lies between the loops, are
+  compiled (never the unrolled sequence: seconds instead of minutes).
+* `optimization.compile.cudagraph`: the whole update is captured in one CUDA graph.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,7 +41,11 @@ from torch.nn import functional as F
 
 from dreamer_isaac.config import AlgoConfig, OptimizationConfig
 from dreamer_isaac.models import Agent
-from dreamer_isaac.optim import LaProp
+from dreamer_isaac.models.recurrence import Recurrence
+from dreamer_isaac.optim import LaProp, flatten
+
+Batch = Mapping[str, Tensor]
+"""Records [B, T+1] by name; see `Learner.update`."""
 
 
 class NonFiniteError(RuntimeError):
@@ -72,26 +86,36 @@ class Observed(NamedTuple):
         return torch.cat([self.belief, self.state], -1)
 
 
-def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lmbda: float | Tensor) -> Tensor:
+def lambda_return(
+    reward: Tensor, value: Tensor, discount: Tensor, lmbda: float | Tensor, dim: int = -1
+) -> Tensor:
     """R[t] = r[t+1] + d[t+1] ((1 - l[t+1]) v[t+1] + l[t+1] R[t+1]), R[T] = v[T].
 
-    Sutton and Barto's lambda return as DreamerV3 (eq. 7) writes it.
+    Sutton and Barto's lambda return as DreamerV3 (eq. 7) writes it. A linear recurrence, solved by
+    doubling (Hillis and Steele 1986): log2(T) rounds over all steps instead of T small ones.
 
     Args:
-        reward, value, discount: [..., T], entry t belongs to the state at t+1.
-        lmbda: a number, or [..., T] where it differs from step to step.
+        reward, value, discount: entry t of dimension `dim` belongs to the state at t+1.
+        lmbda: a number, or a tensor where it differs from step to step.
 
     Returns:
-        [..., T].
+        The same shape.
     """
-    mix = torch.as_tensor(lmbda, dtype=reward.dtype, device=reward.device).expand_as(reward)
-    base = reward + discount * (1 - mix) * value
-    carry = value[..., -1]
-    out = []
-    for t in reversed(range(reward.shape[-1])):
-        carry = base[..., t] + (discount * mix)[..., t] * carry
-        out.append(carry)
-    return torch.stack(out[::-1], -1)
+    reward, value, discount = (x.movedim(dim, 0) for x in (reward, value, discount))
+    if isinstance(lmbda, Tensor):
+        lmbda = lmbda.movedim(dim, 0)
+    factor = discount * lmbda
+    out = reward + (discount - factor) * value
+    # The last step has nothing after it but its value.
+    out = torch.cat([out[:-1], (reward + discount * value)[-1:]])
+    factor = torch.cat([factor[:-1], torch.zeros_like(factor[-1:])])
+    shift = 1
+    while shift < len(out):
+        head, tail = slice(None, -shift), slice(shift, None)
+        out = torch.cat([out[head] + factor[head] * out[tail], out[-shift:]])
+        factor = torch.cat([factor[head] * factor[tail], torch.zeros_like(factor[-shift:])])
+        shift *= 2
+    return out.movedim(0, dim)
 
 
 class Learner:
@@ -101,6 +125,7 @@ class Learner:
         agent: the networks, already on the learner's device.
         generator: draws the update's noise; on the agent's device.
         reward_multiplier: rewards are trained times this (config.AlgoConfig.reward_multiplier).
+        total_updates: of the whole run, for `optimization.anneal`.
     """
 
     def __init__(
@@ -110,20 +135,38 @@ class Learner:
         optimization: OptimizationConfig,
         generator: torch.Generator,
         reward_multiplier: float = 1.0,
+        total_updates: int = 0,
     ):
         self.agent, self.algo, self.generator = agent, algo, generator
         self.reward_multiplier = reward_multiplier
+        self.flat = flatten(agent.parameters())
+        """All weights, the slow critic's last; `agent`'s parameters are views of it."""
         self.params = agent.learned()
+        on_gpu = {"true": True, "false": False, "auto": self.flat.device.type == "cuda"}
+        wrap = _compiled if on_gpu[optimization.compile.enabled] else _as_it_is
+        half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(optimization.autocast)
+        self.net = copy.deepcopy(agent) if half else agent
+        """The networks that the update runs: `agent`, or its copy in half precision."""
+        self.working = flatten(self.net.parameters(), half) if half else self.flat
         self.optimizer = LaProp(
-            self.params, optimization.lr, optimization.warmup_updates, optimization.agc
-        )
-        weight = next(iter(self.params.values()))
-        self.device, self.dtype = weight.device, weight.dtype
-        self.return_low = weight.new_zeros(())
-        self.return_high = weight.new_zeros(())
+            self.params, optimization.lr, optimization.warmup_updates, optimization.agc,
+            flat=self.flat, sources=self.net.learned(), total=total_updates,
+            anneal=int(optimization.anneal * total_updates), wrap=wrap,
+        )  # fmt: skip
+        self._slow = list(agent.slow_critic.parameters())
+        self._critic = list(agent.critic.parameters())
+        self.device, self.dtype = self.flat.device, self.flat.dtype
+        self.return_low = self.flat.new_zeros(())
+        self.return_high = self.flat.new_zeros(())
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self.last_batch: TensorDictBase | None = None
+        self.last_batch: dict[str, Tensor] | None = None
+        """The batch of the last update, or of the first one that was not finite."""
         self.updates = 0
+        self.recurrence = Recurrence(self.net.rssm, wrap)
+        self._encode, self._finish = wrap(self._encode_), wrap(self._finish_)
+        self._imagine_step, self._all_losses = wrap(self._imagine_step_), wrap(self._all_losses_)
+        self._capture = on_gpu[optimization.compile.cudagraph]
+        self._graphs: dict[Any, Captured] = {}
 
     # -- one update ----------------------------------------------------------------------------
 
@@ -137,28 +180,40 @@ class Learner:
 
         Returns:
             Scalar metrics on the device (nothing is read by the host), and the refreshed latents
-            of steps 1..T: belief [B, T, D] and state_index [B, T, S].
+            of steps 1..T: belief [B, T, D] and state_index [B, T, S]. With a captured update both
+            are valid until the next one.
         """
-        noise = self.draw_noise(batch.shape[0], batch.shape[1] - 1)
-        losses, metrics, observed = self.losses(batch, noise)
-        scales = self.scales()
-        total = torch.stack([scales[k] * v for k, v in losses.items()]).sum()
+        fields = {k: batch[k] for k in FIELDS}
+        if self._capture:
+            shape = tuple((k, v.shape, v.dtype) for k, v in fields.items())
+            if shape not in self._graphs:  # another shape is another graph
+                self._graphs[shape] = Captured(self, fields)
+            metrics, latents = self._graphs[shape](fields)
+            self.last_batch = self._graphs[shape].batch
+        else:
+            metrics, latents = self._update(fields)
+            self.last_batch = fields
+        self.updates += 1
+        return metrics, TensorDict(latents, latents["belief"].shape[:2])
+
+    def _update(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The whole update as a fixed sequence of kernels: no host value is read or written."""
+        if self.working is not self.flat:
+            self.working.copy_(self.flat)
+        noise = self.draw_noise(batch["obs"].shape[0], batch["obs"].shape[1] - 1)
+        observed = self.observe(batch, noise)
+        belief, state = (x.detach().flatten(0, 1) for x in (observed.belief, observed.state))
+        features, actions = self.imagine(belief, state, noise)
+        total, losses, metrics = self._all_losses(batch, observed, features, actions)
         self.optimizer.zero_grad()
         total.backward()
         norm = self.optimizer.step()
         self._move_slow_critic()
-        self.updates += 1
-        ok = torch.isfinite(total.detach()) & torch.isfinite(norm)
-        self.last_batch = batch
-        self.finite &= ok
-        metrics |= {f"loss/{k}": v.detach() for k, v in losses.items()}
+        self.finite.logical_and_(torch.isfinite(total.detach()) & torch.isfinite(norm))
+        metrics = metrics | {f"loss/{k}": v.detach() for k, v in losses.items()}
         metrics |= {"loss/total": total.detach(), "grad_norm": norm}
-        latents = TensorDict(
-            belief=observed.belief.detach(),
-            state_index=self.agent.rssm.compress(observed.state.detach()),
-            batch_size=observed.belief.shape[:2],
-        )
-        return metrics, latents
+        state_index = self.agent.rssm.compress(observed.state.detach())
+        return metrics, {"belief": observed.belief.detach(), "state_index": state_index}
 
     def scales(self) -> dict[str, float]:
         """Weight of each loss term."""
@@ -171,49 +226,67 @@ class Learner:
         }  # fmt: skip
 
     def losses(
-        self, batch: TensorDictBase, noise: Noise
+        self, batch: Batch, noise: Noise
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Observed]:
         """Every loss term, unweighted, as a scalar with its graph; metrics; the observed pass."""
         observed = self.observe(batch, noise)
+        belief, state = (x.detach().flatten(0, 1) for x in (observed.belief, observed.state))
+        features, actions = self.imagine(belief, state, noise)
+        _, losses, metrics = self._all_losses_(batch, observed, features, actions)
+        return losses, metrics, observed
+
+    def _all_losses_(
+        self, batch: Batch, observed: Observed, features: Tensor, actions: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Their weighted sum, every term, metrics."""
         losses = self.model_losses(batch, observed)
-        actor_losses, metrics, first_return = self.behaviour_losses(observed, noise)
+        actor_losses, metrics, returns = self.behaviour_losses(features, actions)
+        first_return = returns[0].unflatten(0, observed.belief.shape[:2])
         losses |= actor_losses
         losses["replay_critic"] = self.replay_critic_loss(batch, observed, first_return)
-        return losses, metrics, observed
+        scales = self.scales()
+        total = torch.stack([scales[k] * v for k, v in losses.items()]).sum()
+        return total, losses, metrics
 
     # -- world model ---------------------------------------------------------------------------
 
-    def observe(self, batch: TensorDictBase, noise: Noise) -> Observed:
+    def observe(self, batch: Batch, noise: Noise) -> Observed:
         """Filter the batch: the recurrence over T steps, everything else at once."""
-        rssm = self.agent.rssm
-        first = batch["is_first"][:, 1:].unsqueeze(-1)  # [B, T, 1]
-        embedding = rssm.project_embedding(self.agent.encoder(batch["obs"][:, 1:]))
-        action = rssm.project_action(batch["action"][:, :-1])
-        start = rssm.initial_belief()
-        belief = batch["belief"][:, 0].to(self.dtype)
+        rssm = self.net.rssm
+        obs, action = batch["obs"][:, 1:].transpose(0, 1), batch["action"][:, :-1].transpose(0, 1)
+        first = batch["is_first"][:, 1:].transpose(0, 1).unsqueeze(-1).contiguous()  # [T, B, 1]
+        embedding, action, start = self._encode(obs, action)
+        belief = batch["belief"][:, 0].to(rssm.dtype)
         state = rssm.expand(batch["state_index"][:, 0])
-        raws, beliefs, states, posteriors = [], [], [], []
-        steps = zip(action.unbind(1), embedding.unbind(1), first.unbind(1), noise.posterior,
-                    strict=True)  # fmt: skip
-        for action_t, embedding_t, first_t, uniform_t in steps:
-            raw = rssm.core(belief, state, action_t)
-            belief = torch.where(first_t, start, raw)
-            posterior = rssm.posterior_logits(belief, embedding_t)
-            state = rssm.sample(posterior, uniform_t)
-            raws.append(raw)
-            beliefs.append(belief)
-            states.append(state)
-            posteriors.append(posterior)
-        raw, belief, state = (torch.stack(x, 1) for x in (raws, beliefs, states))
+        unrolled = self.recurrence.unroll(
+            belief, state, action, embedding, first, start, noise.posterior
+        )
+        return Observed(*self._finish(*unrolled, first, start, noise.arrival))
+
+    def _encode_(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the recurrence is fed with: embedding, action, initial belief."""
+        rssm = self.net.rssm
+        embedding = rssm.project_embedding(self.net.encoder(obs))
+        return embedding, rssm.project_action(action), rssm.initial_belief()
+
+    def _finish_(
+        self, raw: Tensor, belief: Tensor, posterior: Tensor, onehot: Tensor, first: Tensor,
+        start: Tensor, uniform: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """From time-major results of the recurrence to the fields of `Observed`."""
+        rssm = self.net.rssm
+        raw, belief, posterior, onehot, first = (
+            x.transpose(0, 1) for x in (raw, belief, posterior, onehot, first)
+        )
+        state = rssm.straight_through(onehot, rssm.probs(posterior))
         reached = rssm.prior_logits(raw)
         prior = torch.where(first.unsqueeze(-1), rssm.prior_logits(start), reached)
-        arrival_state = torch.where(first, rssm.sample(reached, noise.arrival), state)
-        arrival = torch.cat([raw, arrival_state], -1)
-        return Observed(belief, state, torch.stack(posteriors, 1), prior, arrival)
+        arrival_state = torch.where(first, rssm.sample(reached, uniform), state)
+        return belief, state, posterior, prior, torch.cat([raw, arrival_state], -1)
 
-    def model_losses(self, batch: TensorDictBase, observed: Observed) -> dict[str, Tensor]:
+    def model_losses(self, batch: Batch, observed: Observed) -> dict[str, Tensor]:
         """Reconstruction, reward, continuation and both KL terms (DreamerV3 eq. 4 and 5)."""
-        agent, algo = self.agent, self.algo
+        agent, algo = self.net, self.algo
         decoded = agent.decoder(observed.features)
         reward = agent.reward(observed.arrival)
         logit = agent.continuation(observed.arrival)
@@ -241,45 +314,55 @@ class Learner:
             belief: [M, D]. state: [M, S*K].
 
         Returns:
-            features [M, H+1, F] and actions [M, H, A].
+            features [H+1, M, F] and actions [H, M, A].
         """
-        agent = self.agent
-        features, actions = [torch.cat([belief, state], -1)], []
-        for uniform, normal in zip(noise.prior, noise.action, strict=True):
-            mean, std = agent.actor(features[-1])
-            actions.append(mean + std * normal)
-            belief = agent.rssm.core(belief, state, agent.rssm.project_action(actions[-1]))
-            state = agent.rssm.sample(agent.rssm.prior_logits(belief), uniform)
-            features.append(torch.cat([belief, state], -1))
-        return torch.stack(features, 1), torch.stack(actions, 1)
+        features = belief.new_empty(len(noise.prior) + 1, len(belief), self.net.features)
+        torch.cat([belief, state], -1, out=features[0])
+        actions = [
+            self._imagine_step(features[h], features[h + 1], uniform, normal)
+            for h, (uniform, normal) in enumerate(zip(noise.prior, noise.action, strict=True))
+        ]
+        return features, torch.stack(actions)
+
+    def _imagine_step_(
+        self, features: Tensor, out: Tensor, uniform: Tensor, normal: Tensor
+    ) -> Tensor:
+        """Writes the next features [M, F] to `out` and returns the action [M, A] that led there."""
+        agent, rssm = self.net, self.net.rssm
+        belief, state = features.split([rssm.belief, rssm.state], -1)
+        mean, std = agent.actor(features)
+        action = mean + std * normal
+        belief = rssm.core(belief, state, rssm.project_action(action))
+        state = rssm.sample(rssm.prior_logits(belief), uniform)
+        out.copy_(torch.cat([belief, state], -1))
+        return action
 
     def behaviour_losses(
-        self, observed: Observed, noise: Noise
+        self, features: Tensor, actions: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         """Actor (REINFORCE) and critic on imagined trajectories (DreamerV3 eq. 7 to 11).
 
+        Args:
+            features: [H+1, M, F]. actions: [H, M, A].
+
         Returns:
-            The two losses, metrics, and the return of every start [B, T] for the replay critic.
+            The two losses, metrics, and the returns [H, M].
         """
-        agent, algo = self.agent, self.algo
-        shape = observed.belief.shape[:2]
-        features, actions = self.imagine(
-            observed.belief.detach().flatten(0, 1), observed.state.detach().flatten(0, 1), noise
-        )
+        agent, algo = self.net, self.algo
         with torch.no_grad():
-            reward = agent.reward.mean(agent.reward(features[:, 1:]))
-            alive = torch.sigmoid(agent.continuation(features))  # [M, H+1], discount included
-            weight = alive.cumprod(1)[:, :-1]
-            slow = agent.slow_critic.mean(agent.slow_critic(features[:, :-1]))
-        logits = agent.critic(features[:, :-1])
+            reward = agent.reward.mean(agent.reward(features[1:]))
+            alive = torch.sigmoid(agent.continuation(features))  # [H+1, M], discount included
+            weight = alive.cumprod(0)[:-1]
+            slow = agent.slow_critic.mean(agent.slow_critic(features[:-1]))
+        logits = agent.critic(features[:-1])
         with torch.no_grad():
             # The last state only bootstraps, so it needs no graph.
-            last = agent.critic.mean(agent.critic(features[:, -1:]))
-            value = torch.cat([agent.critic.mean(logits), last], 1)
-            returns = lambda_return(reward, value[:, 1:], alive[:, 1:], algo.lmbda)
+            last = agent.critic.mean(agent.critic(features[-1:]))
+            value = torch.cat([agent.critic.mean(logits), last])
+            returns = lambda_return(reward, value[1:], alive[1:], algo.lmbda, dim=0)
             scale = self._update_return_scale(returns)
-            advantage = (returns - value[:, :-1]) / scale
-        mean, std = agent.actor(features[:, :-1])
+            advantage = (returns - value[:-1]) / scale
+        mean, std = agent.actor(features[:-1])
         entropy = agent.actor.entropy(std)
         policy = agent.actor.log_prob(mean, std, actions) * advantage + algo.entropy * entropy
         critic = agent.critic.loss(logits, returns)
@@ -291,13 +374,11 @@ class Learner:
             "advantage_std": advantage.std(), "return_scale": scale.clone(),
             "actor_entropy": entropy.detach().mean(), "actor_std": std.detach().mean(),
         }  # fmt: skip
-        return losses, metrics, returns[:, 0].unflatten(0, shape)
+        return losses, metrics, returns
 
-    def replay_critic_loss(
-        self, batch: TensorDictBase, observed: Observed, first_return: Tensor
-    ) -> Tensor:
+    def replay_critic_loss(self, batch: Batch, observed: Observed, first_return: Tensor) -> Tensor:
         """The critic on replayed rewards; its gradient also shapes the world model's features."""
-        agent, algo = self.agent, self.algo
+        agent, algo = self.net, self.algo
         logits = agent.critic(observed.features[:, :-1])
         with torch.no_grad():
             reward = (
@@ -318,7 +399,7 @@ class Learner:
 
     def draw_noise(self, batch: int, length: int) -> Noise:
         """All random numbers of one update, in two calls."""
-        rssm, algo = self.agent.rssm, self.algo
+        rssm, algo = self.net.rssm, self.algo
         steps, starts, sets = length * batch, length * batch, rssm.categoricals
         sizes = [steps * sets, steps * sets, algo.horizon * starts * sets]
         options: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
@@ -334,17 +415,21 @@ class Learner:
     def _update_return_scale(self, returns: Tensor) -> Tensor:
         """max(minimum, range of the 5th to 95th percentile), both as moving averages."""
         algo = self.algo
-        levels = returns.new_tensor([algo.return_norm_low, algo.return_norm_high])
-        low, high = torch.quantile(returns.flatten(), levels)
+        ordered = returns.flatten().sort().values
+        # As torch.quantile, whose levels would have to travel to the device in every update.
+        low, high = (
+            ordered[int(place)].lerp(ordered[min(int(place) + 1, len(ordered) - 1)], place % 1)
+            for place in (
+                q * (len(ordered) - 1) for q in (algo.return_norm_low, algo.return_norm_high)
+            )
+        )
         self.return_low.lerp_(low, algo.return_norm_rate)
         self.return_high.lerp_(high, algo.return_norm_rate)
         return (self.return_high - self.return_low).clamp_min(algo.return_norm_min)
 
     @torch.no_grad()
     def _move_slow_critic(self) -> None:
-        slow: list[Tensor] = list(self.agent.slow_critic.parameters())
-        fast: list[Tensor] = list(self.agent.critic.parameters())
-        torch._foreach_lerp_(slow, fast, self.algo.slow_critic_rate)
+        torch._foreach_lerp_(self._slow, self._critic, self.algo.slow_critic_rate)
 
     def check_finite(self) -> None:
         """Wait for the device and complain if any update so far was not finite.
@@ -375,3 +460,58 @@ class Learner:
         self.return_high.copy_(state["return_high"])
         self.generator.set_state(state["generator"].cpu())
         self.updates = int(state["updates"])
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that an update changes in place, except the generator."""
+        o = self.optimizer
+        return [self.flat, self.working, o.square, o.momentum, o.step_count, self.return_low,
+                self.return_high, self.finite]  # fmt: skip
+
+
+FIELDS = ("obs", "is_first", "action", "reward", "terminated", "belief", "state_index")
+"""The entries of a batch that an update reads."""
+
+
+def _as_it_is(f: Any) -> Any:
+    return f
+
+
+def _compiled(f: Any) -> Any:
+    return torch.compile(f, fullgraph=True, dynamic=False)
+
+
+class Captured:
+    """One update of a learner as a CUDA graph, for batches of one shape.
+
+    Args:
+        batch: an example. Two updates are made with it to compile and warm up, and undone.
+    """
+
+    def __init__(self, learner: Learner, batch: Batch):
+        self.finite = learner.finite
+        self.batch = {k: v.clone() for k, v in batch.items()}
+        before = [t.clone() for t in learner.tensors()]
+        generator = learner.generator.get_state()
+        stream = torch.cuda.Stream(learner.device)
+        stream.wait_stream(torch.cuda.current_stream(learner.device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                learner._update(self.batch)
+        torch.cuda.current_stream(learner.device).wait_stream(stream)
+        learner.optimizer.zero_grad()  # the graph makes its own
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(learner.generator)
+        # Other threads (the simulator's) may use CUDA meanwhile.
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            self.out = learner._update(self.batch)
+        for tensor, value in zip(learner.tensors(), before, strict=True):
+            tensor.copy_(value)
+        learner.generator.set_state(generator)
+
+    def __call__(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Train on `batch`; the results live in the graph's memory until the next call."""
+        for name, mine in self.batch.items():
+            # After the first update that was not finite its batch stays, to be looked at.
+            torch.where(self.finite, batch[name], mine, out=mine)
+        self.graph.replay()
+        return self.out

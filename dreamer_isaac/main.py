@@ -45,6 +45,9 @@ def main(cfg: Config) -> int:
     except ConfigError as e:
         console.say(f"error: {e}")
         return 2
+    except KeyboardInterrupt:
+        console.say("stopped at once; the last checkpoint is what there is")
+        return 130
     except Exception as e:
         if not isinstance(e, checkpoint.CheckpointError):
             (folder / "traceback.txt").write_text(traceback.format_exc()) if os.access(
@@ -87,6 +90,9 @@ def devices(cfg: Config) -> tuple[torch.device, torch.device]:
     if sim != learn:
         raise ConfigError([f"env.device={sim} and optimization.device={learn} differ: collecting "
                            "on one device and learning on another is not built yet."])  # fmt: skip
+    if learn.type != "cuda" and cfg.optimization.compile.cudagraph == "true":
+        raise ConfigError(["optimization.compile.cudagraph=true needs a GPU. Remedy: optimization."
+                           "compile.cudagraph=auto."])  # fmt: skip
     return sim, learn
 
 

@@ -2,10 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def flatten(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None = None) -> Tensor:
+    """Move parameters into one flat tensor, each a view of its part, so that one kernel can do
+    what takes one per parameter otherwise. Views start at multiples of 16 elements, as vectorised
+    kernels and tensor cores want it.
+
+    Returns:
+        The flat tensor, in `dtype` (default: the parameters' own).
+    """
+    parameters = list(parameters)
+    first = parameters[0]
+    offsets, total = offsets_of(parameters)
+    flat = torch.zeros(total, device=first.device, dtype=dtype or first.dtype)
+    with torch.no_grad():
+        for p, view in zip(parameters, views_of(flat, parameters, offsets), strict=True):
+            view.copy_(p)
+            p.data = view
+    return flat
+
+
+def offsets_of(parameters: Iterable[Tensor]) -> tuple[list[int], int]:
+    """Where each parameter starts in the flat tensor, and its length."""
+    offsets, total = [], 0
+    for p in parameters:
+        offsets.append(total)
+        total += -(-p.numel() // 16) * 16
+    return offsets, total
+
+
+def views_of(flat: Tensor, parameters: list[Any], offsets: list[int]) -> list[Tensor]:
+    """The parts of `flat` in the parameters' shapes."""
+    return [flat[o : o + p.numel()].view(p.shape) for p, o in zip(parameters, offsets, strict=True)]
 
 
 class LaProp:
@@ -16,13 +50,19 @@ class LaProp:
         g <- g / max(1, |g| / (agc * max(1e-3, |p|)))          # AGC, per tensor as the reference
         v <- b2 v + (1 - b2) g^2
         m <- b1 m + (1 - b1) g / (sqrt(v / (1 - b2^t)) + eps)
-        p <- p - lr * min(1, (t - 1) / warmup) * m / (1 - b1^t)
+        p <- p - lr * min(1, (t - 1) / warmup, (total - t) / anneal) * m / (1 - b1^t)
 
     The counter t is a tensor, so a step needs no host value. TorchRL's `DreamerV3Optimizer` has
     the same arithmetic (tests/test_optim.py holds the two together) with the counter on the host.
 
     Args:
-        params: name -> parameter; names label the state in checkpoints.
+        warmup: updates over which the learning rate rises. total: updates of the whole run, the
+            last `anneal` of which the learning rate falls to 0; without `anneal` it stays.
+        params: name -> parameter; names label the state in checkpoints. They become views of one
+            flat tensor, `flat`, unless `flat` is given and they are already.
+        sources: name -> the parameter whose gradient is applied, where that is not the parameter
+            itself but its copy in a lower precision.
+        wrap: what is done to the arithmetic, e.g. `torch.compile`.
     """
 
     def __init__(
@@ -33,13 +73,28 @@ class LaProp:
         agc: float,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-20,
+        flat: Tensor | None = None,
+        sources: dict[str, nn.Parameter] | None = None,
+        total: int = 0,
+        anneal: int = 0,
+        wrap: Callable[[Any], Any] = lambda f: f,
     ):
-        self.params = params
+        self.params, self.sources = params, sources or params
         self.lr, self.warmup, self.agc, self.betas, self.eps = lr, warmup, agc, betas, eps
-        first = next(iter(params.values()))
-        self.step_count = torch.zeros((), device=first.device, dtype=torch.float64)
-        self.square = [torch.zeros_like(p) for p in params.values()]
-        self.momentum = [torch.zeros_like(p) for p in params.values()]
+        self.total, self.anneal = total, anneal
+        parameters = list(params.values())
+        offsets, length = offsets_of(parameters)
+        self.flat = (flatten(parameters) if flat is None else flat)[:length]
+        self.grad, self.square, self.momentum = (torch.zeros_like(self.flat) for _ in range(3))
+        self._grads, self._squares, self._momenta = (
+            views_of(x, parameters, offsets) for x in (self.grad, self.square, self.momentum)
+        )
+        sizes = torch.tensor([b - a for a, b in zip(offsets, [*offsets[1:], length], strict=True)])
+        index = torch.arange(len(sizes), dtype=torch.int32)
+        self.segment = torch.repeat_interleave(index, sizes).to(self.flat.device)
+        """Which parameter every element of `flat` belongs to."""
+        self.step_count = torch.zeros((), device=self.flat.device, dtype=torch.float64)
+        self._apply = wrap(self._arithmetic)
 
     @torch.no_grad()
     def step(self) -> Tensor:
@@ -48,46 +103,47 @@ class LaProp:
         Raises:
             RuntimeError: if a parameter has no gradient.
         """
-        params: list[Tensor] = list(self.params.values())
-        missing = [k for k, p in self.params.items() if p.grad is None]
+        missing = [k for k, p in self.sources.items() if p.grad is None]
         if missing:
             raise RuntimeError(f"no gradient for {', '.join(missing[:5])}")
-        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-        beta1, beta2 = self.betas
-        norms = torch._foreach_norm(grads)
-        limits = torch._foreach_norm(params)
-        torch._foreach_clamp_min_(limits, 1e-3)
-        torch._foreach_mul_(limits, self.agc)
-        scale = torch._foreach_div(norms, limits)
-        torch._foreach_clamp_min_(scale, 1.0)
-        grads = list(torch._foreach_div(grads, scale))
+        grads: list[Tensor] = [p.grad for p in self.sources.values() if p.grad is not None]
+        torch._foreach_copy_(self._grads, grads)
+        norms = torch.stack(list(torch._foreach_norm(self._grads)))
+        limits = torch.stack(list(torch._foreach_norm(list(self.params.values()))))
+        return self._apply(
+            norms, limits, self.flat, self.grad, self.square, self.momentum, self.segment,
+            self.step_count,
+        )  # fmt: skip
 
-        self.step_count += 1
-        t = self.step_count
-        torch._foreach_mul_(self.square, beta2)
-        torch._foreach_addcmul_(self.square, grads, grads, value=1 - beta2)
-        root = torch._foreach_sqrt(self.square)
-        torch._foreach_div_(root, torch.sqrt(1 - beta2**t).to(root[0].dtype))
-        torch._foreach_add_(root, self.eps)
-        torch._foreach_div_(grads, root)
-        torch._foreach_lerp_(self.momentum, grads, 1 - beta1)
-        warm = ((t - 1) / self.warmup).clamp_max(1.0) if self.warmup else torch.ones_like(t)
-        size = (self.lr * warm / (1 - beta1**t)).to(root[0].dtype)
-        torch._foreach_sub_(params, torch._foreach_mul(self.momentum, size))
-        return torch.stack(list(norms)).square().sum().sqrt()
+    def _arithmetic(
+        self, norms: Tensor, limits: Tensor, flat: Tensor, grad: Tensor, square: Tensor,
+        momentum: Tensor, segment: Tensor, t: Tensor,
+    ) -> Tensor:  # fmt: skip
+        beta1, beta2 = self.betas
+        t += 1
+        divisor = (norms / (self.agc * limits.clamp_min(1e-3))).clamp_min(1)
+        clipped = grad / divisor[segment]
+        square.mul_(beta2).addcmul_(clipped, clipped, value=1 - beta2)
+        root = (square / (1 - beta2**t).to(flat.dtype)).sqrt() + self.eps
+        momentum.lerp_(clipped / root, 1 - beta1)
+        share = ((t - 1) / self.warmup).clamp_max(1.0) if self.warmup else torch.ones_like(t)
+        if self.anneal:
+            share = torch.minimum(share, ((self.total - t) / self.anneal).clamp_min(0.0))
+        size = (self.lr * share / (1 - beta1**t)).to(flat.dtype)
+        flat.sub_(momentum * size)
+        return norms.square().sum().sqrt()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        for p in self.params.values():
+        for p in self.sources.values():
             p.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """Counter and both averages, by parameter name."""
-        names = list(self.params)
         return {
             "step": self.step_count.clone(),
-            "square": dict(zip(names, [s.clone() for s in self.square], strict=True)),
-            "momentum": dict(zip(names, [m.clone() for m in self.momentum], strict=True)),
+            "square": {k: s.clone() for k, s in zip(self.params, self._squares, strict=True)},
+            "momentum": {k: m.clone() for k, m in zip(self.params, self._momenta, strict=True)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -100,6 +156,6 @@ class LaProp:
             if list(state[kind]) != list(self.params):
                 raise ValueError(f"the optimiser state '{kind}' belongs to another network")
         self.step_count.copy_(state["step"])
-        for mine, theirs in ((self.square, state["square"]), (self.momentum, state["momentum"])):
+        for mine, theirs in ((self._squares, state["square"]), (self._momenta, state["momentum"])):
             for a, b in zip(mine, theirs.values(), strict=True):
                 a.copy_(b)

@@ -58,18 +58,34 @@ class Limiter:
             yield
 
 
+def expected_updates(cfg: Config) -> int:
+    """Updates that a whole run makes."""
+    share = 1 - cfg.evaluation.num_envs / cfg.env.num_envs
+    stored = (cfg.collector.total_frames - cfg.collector.init_random_frames) * share
+    count = int(stored * cfg.optimization.replay_ratio / cfg.replay_buffer.batch_size)
+    limit = cfg.optimization.max_updates
+    return min(count, limit) if limit else count
+
+
 class StopSignal:
-    """Remembers SIGINT and SIGTERM; a second one ends the program at once."""
+    """Remembers SIGINT and SIGTERM, so that the loop can end in order; another one after
+    `PATIENCE` seconds ends the program at once."""
+
+    PATIENCE = 3.0
+    """`timeout`, schedulers and terminals signal a program and then its process group: what comes
+    so soon is the same request."""
 
     def __init__(self) -> None:
         self.number = 0
+        self.since = 0.0
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         def handle(number: int, _: FrameType | None) -> None:
-            if self.number:
+            if self.number and time.monotonic() - self.since > self.PATIENCE:
                 raise KeyboardInterrupt
-            self.number = number
+            if not self.number:
+                self.number, self.since = number, time.monotonic()
 
         before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -98,7 +114,7 @@ class Run:
         info, train_envs = self.env.info, cfg.env.num_envs - cfg.evaluation.num_envs
         self.learner = Learner(
             self.agent, cfg.algo, cfg.optimization, generators[1],
-            cfg.algo.reward_multiplier or 1 / info.step_dt,
+            cfg.algo.reward_multiplier or 1 / info.step_dt, expected_updates(cfg),
         )  # fmt: skip
         self.replay = Replay(
             cfg.replay_buffer, train_envs, info.observation, info.action, cfg.model,

@@ -26,7 +26,7 @@ Program = Callable[..., subprocess.CompletedProcess[str]]
         ("env.num_envs=1.5", ["env.num_envs=1.5", "whole number"]),
         ("env.num_envs=-3", ["env.num_envs=-3", "above 0"]),
         ("env.backend=gym", ["env.backend='gym'", "auto, isaaclab, mjlab"]),
-        ("optimization.compile.enabled=7", ["optimization.compile.enabled=7", "true or false"]),
+        ("optimization.compile.enabled=7", ["optimization.compile.enabled=7", "auto, true, false"]),
         ("size=13m", ["size=13m", "12m", "tiny"]),
         ("collector.init_random_frames=100", ["init_random_frames=100", "batch_length", "Remedy"]),
         ("replay_buffer.batch_size=1000", ["batch_size=1000", "batch_length", "Remedy"]),

@@ -1,4 +1,8 @@
-"""Encoder, decoder and the heads on top of the latent features."""
+"""Encoder, decoder and the heads on top of the latent features.
+
+Hidden layers have the weights' dtype; what a head returns is float32 at least, because losses,
+softmaxes and symexp of half-precision values are not good enough.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 from torchrl.modules import DreamerV3MLP, SymExpTwoHot
+
+from dreamer_isaac.models.rssm import full
 
 
 def symlog(x: Tensor) -> Tensor:
@@ -28,7 +34,7 @@ class VectorEncoder(nn.Module):
         self.width = units
 
     def forward(self, observation: Tensor) -> Tensor:
-        return self.net(symlog(observation))
+        return self.net(symlog(observation).to(self.net.model[0].weight.dtype))
 
 
 class VectorDecoder(nn.Module):
@@ -39,7 +45,7 @@ class VectorDecoder(nn.Module):
         self.net = DreamerV3MLP(features, observation, depth=layers, num_cells=units)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.net(features)
+        return full(self.net(features))
 
     @staticmethod
     def loss(prediction: Tensor, observation: Tensor) -> Tensor:
@@ -48,7 +54,7 @@ class VectorDecoder(nn.Module):
 
     def decode(self, features: Tensor) -> Tensor:
         """[..., F] -> [..., O] in the observation's own units."""
-        return symexp(self.net(features))
+        return symexp(self(features))
 
 
 class TwoHotHead(nn.Module):
@@ -61,7 +67,7 @@ class TwoHotHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., F] -> logits [..., bins]."""
-        return self.net(features)
+        return full(self.net(features))
 
     def mean(self, logits: Tensor) -> Tensor:
         """[..., bins] -> [...]: the expectation."""
@@ -91,7 +97,7 @@ class ContinueHead(nn.Module):
         self.net = DreamerV3MLP(features, 1, depth=layers, num_cells=units)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.net(features).squeeze(-1)
+        return full(self.net(features)).squeeze(-1)
 
 
 class Actor(nn.Module):
@@ -109,7 +115,7 @@ class Actor(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """[..., F] -> mean, std: [..., A] each."""
-        mean, std = self.net(features).chunk(2, -1)
+        mean, std = full(self.net(features)).chunk(2, -1)
         std = (self.max_std - self.min_std) * torch.sigmoid(std + 2) + self.min_std
         return torch.tanh(mean), std
 

@@ -5,15 +5,26 @@ h, `state` the stochastic one z (one-hot, flattened). The networks equal TorchRL
 with `recurrent_model="block_gru"` and `RSSMPosteriorV3` with `use_rms_norm=True`; they are our own
 so that everything that does not depend on the recurrence can be computed for all steps at once:
 the recurrence (`core`) takes the projected action, and the posterior the projected embedding.
+`recurrence.py` runs them over a batch of sequences.
+
+Weights may be bfloat16 or float16 (the learner's working copy); logits and probabilities are then
+float32, everything else has the weights' dtype.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 NORM_EPS = 1e-4
+
+
+def full(x: Tensor) -> Tensor:
+    """At least float32: for sums, logarithms and losses of half-precision values."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def init_linear(module: nn.Module, scale: float = 1.0) -> None:
@@ -58,10 +69,25 @@ class BlockLinear(nn.Module):
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
 
     def forward(self, x: Tensor) -> Tensor:
-        lead = x.shape[:-1]
-        x = x.reshape(-1, self.blocks, x.shape[-1] // self.blocks).transpose(0, 1)
-        x = torch.bmm(x, self.weight).transpose(0, 1)
-        return x.reshape(*lead, -1) + self.bias
+        return block_mm(x, self.weight) + self.bias
+
+
+def block_mm(x: Tensor, weight: Tensor) -> Tensor:
+    """[..., G*I] times [G, I, O] block by block -> [..., G*O]."""
+    lead, blocks = x.shape[:-1], len(weight)
+    x = x.reshape(-1, blocks, x.shape[-1] // blocks).transpose(0, 1)
+    return torch.bmm(x, weight).transpose(0, 1).reshape(*lead, -1)
+
+
+class CoreParts(NamedTuple):
+    """The recurrence's output and the pre-activations on the way to it, [..., width] each."""
+
+    belief_in: Tensor
+    state_in: Tensor
+    mix: Tensor
+    gates: Tensor
+    raw: Tensor
+    """[..., D]: the next belief, before any reset."""
 
 
 class RSSM(nn.Module):
@@ -111,7 +137,12 @@ class RSSM(nn.Module):
 
     def project_action(self, action: Tensor) -> Tensor:
         """[..., A] -> [..., hidden]. Actions above 1 in size are scaled to 1 (reference)."""
-        return self.action_in(action / action.detach().abs().clamp_min(1))
+        action = action / action.detach().abs().clamp_min(1)
+        return self.action_in(action.to(self.dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.posterior_in.weight.dtype
 
     def project_embedding(self, embedding: Tensor) -> Tensor:
         """[..., E] -> [..., hidden]: the embedding's share of the posterior's first layer."""
@@ -120,7 +151,7 @@ class RSSM(nn.Module):
 
     def prior_logits(self, belief: Tensor) -> Tensor:
         """[..., D] -> [..., S, K]."""
-        return self.prior(belief).unflatten(-1, (self.categoricals, self.classes))
+        return full(self.prior(belief)).unflatten(-1, (self.categoricals, self.classes))
 
     # -- the recurrence ------------------------------------------------------------------------
 
@@ -133,21 +164,39 @@ class RSSM(nn.Module):
         Returns:
             [N, D].
         """
-        g = self.blocks
-        inputs = torch.cat([self.belief_in(belief), self.state_in(state), action], -1)
-        inputs = inputs.unsqueeze(-2).expand(*inputs.shape[:-1], g, inputs.shape[-1])
-        x = torch.cat([belief.unflatten(-1, (g, -1)), inputs], -1).flatten(-2)
-        x = F.silu(self.mix_norm(self.mix(x)))
-        reset, candidate, update = self.gates(x).unflatten(-1, (g, 3, -1)).unbind(-2)
-        candidate = torch.tanh(torch.sigmoid(reset) * candidate).flatten(-2)
-        update = torch.sigmoid(update.flatten(-2) - 1)
-        return update * candidate + (1 - update) * belief
+        return self.core_parts(belief, state, action).raw
+
+    def core_parts(self, belief: Tensor, state: Tensor, action: Tensor) -> CoreParts:
+        """`core`, with what its derivative needs."""
+        belief_in, state_in = self.belief_in[0](belief), self.state_in[0](state)
+        shared = torch.cat([self.belief_in[1:](belief_in), self.state_in[1:](state_in), action], -1)
+        mix = self._mix(belief, shared)
+        gates = self.gates(F.silu(self.mix_norm(mix)))
+        reset, candidate, update = self.split_gates(gates)
+        candidate, update = torch.tanh(torch.sigmoid(reset) * candidate), torch.sigmoid(update - 1)
+        raw = update * candidate + (1 - update) * belief
+        return CoreParts(belief_in, state_in, mix, gates, raw)
+
+    def split_gates(self, gates: Tensor) -> tuple[Tensor, ...]:
+        """[..., 3D] -> reset, candidate, update: [..., D] each."""
+        parts = gates.unflatten(-1, (self.blocks, 3, -1)).unbind(-2)
+        return tuple(x.flatten(-2) for x in parts)
+
+    def _mix(self, belief: Tensor, shared: Tensor) -> Tensor:
+        """`self.mix` on [a block of the belief, shared]: what all blocks share is one dense map."""
+        own = self.belief // self.blocks
+        dense = self.mix.weight[:, own:].transpose(0, 1).flatten(1)
+        return block_mm(belief, self.mix.weight[:, :own]) + shared @ dense + self.mix.bias
 
     def posterior_logits(self, belief: Tensor, embedding: Tensor) -> Tensor:
         """[N, D], [N, hidden] (from `project_embedding`) -> [N, S, K]."""
+        return self.posterior_parts(belief, embedding)[1]
+
+    def posterior_parts(self, belief: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """The posterior's hidden pre-activation [N, hidden] and its logits."""
         x = F.linear(belief, self.posterior_in.weight[:, : self.belief]) + embedding
-        x = self.posterior_out(F.silu(self.posterior_norm(x)))
-        return x.unflatten(-1, (self.categoricals, self.classes))
+        logits = full(self.posterior_out(F.silu(self.posterior_norm(x))))
+        return x, logits.unflatten(-1, (self.categoricals, self.classes))
 
     def initial_belief(self) -> Tensor:
         """[D]: the belief at the first observation of an episode, core(0, 0, 0)."""
@@ -172,15 +221,17 @@ class RSSM(nn.Module):
         """
         probs = self.probs(logits)
         index = (uniform.unsqueeze(-1) > probs.cumsum(-1)).sum(-1).clamp_max(self.classes - 1)
-        return self._straight_through(index, probs)
+        return self.straight_through(F.one_hot(index, self.classes).flatten(-2), probs)
 
     def mode(self, logits: Tensor) -> Tensor:
         """The most likely state, one-hot, [..., S*K]."""
-        return self._straight_through(logits.argmax(-1), self.probs(logits))
+        onehot = F.one_hot(logits.argmax(-1), self.classes).flatten(-2)
+        return self.straight_through(onehot, self.probs(logits))
 
-    def _straight_through(self, index: Tensor, probs: Tensor) -> Tensor:
-        onehot = F.one_hot(index, self.classes).to(probs.dtype)
-        return (probs + (onehot - probs).detach()).flatten(-2)
+    def straight_through(self, onehot: Tensor, probs: Tensor) -> Tensor:
+        """[..., S*K] one-hot with the gradient of `probs` [..., S, K], in the networks' dtype."""
+        flat = probs.flatten(-2)
+        return (flat + (onehot.to(flat.dtype) - flat).detach()).to(self.dtype)
 
     def kl(self, left: Tensor, right: Tensor) -> Tensor:
         """KL(left || right) of two sets of categoricals, [..., S, K] logits -> [...]."""
@@ -194,4 +245,4 @@ class RSSM(nn.Module):
     def expand(self, index: Tensor) -> Tensor:
         """The reverse of `compress`, in the networks' dtype."""
         onehot = F.one_hot(index.long(), self.classes).flatten(-2)
-        return onehot.to(self.posterior_in.weight.dtype)
+        return onehot.to(self.dtype)

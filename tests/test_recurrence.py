@@ -1,0 +1,95 @@
+"""The two loops against autograd through the unrolled recurrence, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dreamer_isaac.models.recurrence import Recurrence, norm_silu, norm_silu_backward
+from dreamer_isaac.models.rssm import RSSM
+
+T, B, A, E, D, HIDDEN, S, K = 6, 4, 2, 7, 12, 5, 3, 4
+
+
+def make_rssm() -> RSSM:
+    torch.manual_seed(0)
+    rssm = RSSM(A, E, D, HIDDEN, S, K, blocks=3, unimix=0.01).double()
+    with torch.no_grad():
+        for p in rssm.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return rssm
+
+
+def plain(
+    rssm: RSSM, belief: Tensor, state: Tensor, action: Tensor, embedding: Tensor, first: Tensor,
+    start: Tensor, uniform: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What `unroll` replaces: one step after the other under autograd."""
+    out: list[list[Tensor]] = [[], [], [], []]
+    for t in range(T):
+        raw = rssm.core(belief, state, action[t])
+        belief = torch.where(first[t], start, raw)
+        posterior = rssm.posterior_logits(belief, embedding[t])
+        state = rssm.sample(posterior, uniform[t])
+        for column, x in zip(out, (raw, belief, posterior, state), strict=True):
+            column.append(x)
+    return tuple(torch.stack(column) for column in out)
+
+
+def test_values_and_every_gradient_equal_autograd_through_the_sequence() -> None:
+    rssm = make_rssm()
+    g = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    first = torch.zeros(T, B, 1, dtype=torch.bool)
+    first[0, 0] = first[3, 1] = first[5, 2] = first[2, 2] = True
+    onehot = torch.nn.functional.one_hot(torch.randint(K, (B, S), generator=g), K)
+    belief, state = draw(B, D), onehot.flatten(1).double()
+    embeddings, actions = draw(T, B, E), draw(T, B, A)
+    uniform = torch.rand(T, B, S, generator=g, dtype=torch.float64)
+    weights = [draw(T, B, D), draw(T, B, D), draw(T, B, S, K), draw(T, B, S * K), draw(T, B, S * K)]
+
+    results = []
+    for fast in (False, True):
+        action, embedding = rssm.project_action(actions), rssm.project_embedding(embeddings)
+        start = rssm.initial_belief()
+        args = (belief, state, action, embedding, first, start, uniform)
+        if fast:
+            u = Recurrence(rssm).unroll(*args)
+            sampled = rssm.straight_through(u.onehot, rssm.probs(u.posterior))
+            out = (u.raw, u.belief, u.posterior, sampled)
+        else:
+            out = plain(rssm, *args)
+        # A nonlinear function of everything, with the prior in it as the losses have it.
+        prior = rssm.prior_logits(out[0]).flatten(2)
+        total = sum((w * x.sin()).sum() for w, x in zip(weights, (*out, prior), strict=True))
+        assert isinstance(total, Tensor)
+        grads = torch.autograd.grad(total, list(rssm.parameters()))
+        results.append(([x.detach() for x in out], grads))
+    (values, grads), (fast_values, fast_grads) = results
+    for a, b in zip(values, fast_values, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    for (name, _), a, b in zip(rssm.named_parameters(), grads, fast_grads, strict=True):
+        assert a.any(), name
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10, msg=name)
+
+
+def test_without_the_reverse_loop_the_gradients_would_differ(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The test above can fail: uncoupled steps give other gradients."""
+    monkeypatch.setattr(Recurrence, "couple", lambda self, weights, grads, saved: grads[1:])
+    with pytest.raises(AssertionError):
+        test_values_and_every_gradient_equal_autograd_through_the_sequence()
+
+
+def test_norm_silu_backward_is_its_derivative() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 8, generator=g, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8, generator=g, dtype=torch.float64)
+    grad = torch.randn(3, 8, generator=g, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(norm_silu(x, weight), x, grad)
+    torch.testing.assert_close(norm_silu_backward(x.detach(), weight, grad), expected)
