@@ -29,6 +29,7 @@ Three switches change how the update is executed and nothing else:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -153,8 +154,8 @@ class Learner:
             flat=self.flat, sources=self.net.learned(), total=total_updates,
             anneal=int(optimization.anneal * total_updates), wrap=wrap,
         )  # fmt: skip
-        self._slow = list(agent.slow_critic.parameters())
-        self._critic = list(agent.critic.parameters())
+        self._slow: list[Tensor] = list(agent.slow_critic.parameters())
+        self._critic: list[Tensor] = list(agent.critic.parameters())
         self.device, self.dtype = self.flat.device, self.flat.dtype
         self.return_low = self.flat.new_zeros(())
         self.return_high = self.flat.new_zeros(())
@@ -164,7 +165,10 @@ class Learner:
         self.updates = 0
         self.recurrence = Recurrence(self.net.rssm, wrap)
         self._encode, self._finish = wrap(self._encode_), wrap(self._finish_)
-        self._imagine_step, self._all_losses = wrap(self._imagine_step_), wrap(self._all_losses_)
+        self._imagine_step = wrap(self._imagine_step_)
+        self._model_total = wrap(self._model_total_)
+        self._behaviour_total = wrap(self._behaviour_total_)
+        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._capture = on_gpu[optimization.compile.cudagraph]
         self._graphs: dict[Any, Captured] = {}
 
@@ -201,17 +205,26 @@ class Learner:
         if self.working is not self.flat:
             self.working.copy_(self.flat)
         noise = self.draw_noise(batch["obs"].shape[0], batch["obs"].shape[1] - 1)
-        observed = self.observe(batch, noise)
-        belief, state = (x.detach().flatten(0, 1) for x in (observed.belief, observed.state))
-        features, actions = self.imagine(belief, state, noise)
-        total, losses, metrics = self._all_losses(batch, observed, features, actions)
         self.optimizer.zero_grad()
-        total.backward()
+        observed = self.observe(batch, noise)
+        # Cut here: what is above the observed states is differentiated on its own, so that the
+        # world model's heads, forward and backward, can run beside the imagination.
+        cut = Observed(*(x.detach().requires_grad_() for x in observed))
+        with self._beside():
+            total, losses = self._model_total(batch, cut)
+            total.backward()
+        belief, state = cut.belief.detach().flatten(0, 1), cut.state.detach().flatten(0, 1)
+        features, actions = self.imagine(belief, state, noise)
+        self._join()
+        other, more, metrics = self._behaviour_total(batch, cut, features, actions)
+        other.backward()
+        torch.autograd.backward(list(observed), [x.grad for x in cut])
+        total, losses = (total + other).detach(), losses | more
         norm = self.optimizer.step()
         self._move_slow_critic()
-        self.finite.logical_and_(torch.isfinite(total.detach()) & torch.isfinite(norm))
+        self.finite.logical_and_(torch.isfinite(total) & torch.isfinite(norm))
         metrics = metrics | {f"loss/{k}": v.detach() for k, v in losses.items()}
-        metrics |= {"loss/total": total.detach(), "grad_norm": norm}
+        metrics |= {"loss/total": total, "grad_norm": norm}
         state_index = self.agent.rssm.compress(observed.state.detach())
         return metrics, {"belief": observed.belief.detach(), "state_index": state_index}
 
@@ -232,21 +245,38 @@ class Learner:
         observed = self.observe(batch, noise)
         belief, state = (x.detach().flatten(0, 1) for x in (observed.belief, observed.state))
         features, actions = self.imagine(belief, state, noise)
-        _, losses, metrics = self._all_losses_(batch, observed, features, actions)
-        return losses, metrics, observed
+        _, losses = self._model_total_(batch, observed)
+        _, more, metrics = self._behaviour_total_(batch, observed, features, actions)
+        return losses | more, metrics, observed
 
-    def _all_losses_(
+    def _model_total_(self, batch: Batch, observed: Observed) -> tuple[Tensor, dict[str, Tensor]]:
+        """The world model's weighted sum of losses, and every term."""
+        losses = self.model_losses(batch, observed)
+        return self._weighted(losses), losses
+
+    def _behaviour_total_(
         self, batch: Batch, observed: Observed, features: Tensor, actions: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Their weighted sum, every term, metrics."""
-        losses = self.model_losses(batch, observed)
-        actor_losses, metrics, returns = self.behaviour_losses(features, actions)
+        """Actor's and critic's weighted sum of losses, every term, metrics."""
+        losses, metrics, returns = self.behaviour_losses(features, actions)
         first_return = returns[0].unflatten(0, observed.belief.shape[:2])
-        losses |= actor_losses
         losses["replay_critic"] = self.replay_critic_loss(batch, observed, first_return)
+        return self._weighted(losses), losses, metrics
+
+    def _weighted(self, losses: dict[str, Tensor]) -> Tensor:
         scales = self.scales()
-        total = torch.stack([scales[k] * v for k, v in losses.items()]).sum()
-        return total, losses, metrics
+        return torch.stack([scales[k] * v for k, v in losses.items()]).sum()
+
+    def _beside(self) -> Any:
+        """A context whose kernels may run beside what comes after it, until `_join`."""
+        if self._side is None:
+            return contextlib.nullcontext()
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        return torch.cuda.stream(self._side)
+
+    def _join(self) -> None:
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
 
     # -- world model ---------------------------------------------------------------------------
 
@@ -333,7 +363,7 @@ class Learner:
         mean, std = agent.actor(features)
         action = mean + std * normal
         belief = rssm.core(belief, state, rssm.project_action(action))
-        state = rssm.sample(rssm.prior_logits(belief), uniform)
+        state = rssm.draw(rssm.prior_logits(belief), uniform)
         out.copy_(torch.cat([belief, state], -1))
         return action
 

@@ -98,7 +98,7 @@ class Agent(nn.Module):
         embedding = self.rssm.project_embedding(self.encoder(observation))
         belief = self.belief_step(carry, is_first)
         logits = self.rssm.posterior_logits(belief, embedding)
-        state = self.rssm.sample(logits, uniform)
+        state = self.rssm.draw(logits, uniform)
         mean, std = self.actor(torch.cat([belief, state], -1))
         action = torch.where(deterministic.unsqueeze(-1), mean, mean + std * normal)
         return belief, state, action

@@ -34,7 +34,7 @@ class VectorEncoder(nn.Module):
         self.width = units
 
     def forward(self, observation: Tensor) -> Tensor:
-        return self.net(symlog(observation).to(self.net.model[0].weight.dtype))
+        return self.net(symlog(observation).to(next(self.parameters()).dtype))
 
 
 class VectorDecoder(nn.Module):

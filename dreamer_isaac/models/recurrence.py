@@ -208,9 +208,7 @@ class Recurrence:
         x = norm_silu(hidden + embedding, w.hidden_norm)
         logits = full(F.linear(x, w.out, w.out_bias))
         logits = logits.unflatten(-1, (self.rssm.categoricals, self.rssm.classes))
-        # The gradient passes outside this loop, so what the sample would pass on is not needed.
-        state = self.rssm.sample(logits, uniform)
-        return belief, before + w.belief_bias, state
+        return belief, before + w.belief_bias, self.rssm.draw(logits, uniform)
 
     def _step_backward(
         self,

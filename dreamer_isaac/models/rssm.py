@@ -210,18 +210,22 @@ class RSSM(nn.Module):
         probs = torch.softmax(logits, -1)
         return (1 - self.unimix) * probs + self.unimix / self.classes
 
-    def sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """One-hot sample by inverse CDF, straight-through gradient of the probabilities.
+    def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """One-hot sample by inverse CDF, without gradient.
 
         Args:
             logits: [..., S, K]. uniform: [..., S] in [0, 1).
 
         Returns:
-            [..., S*K].
+            [..., S*K], in the networks' dtype.
         """
-        probs = self.probs(logits)
-        index = (uniform.unsqueeze(-1) > probs.cumsum(-1)).sum(-1).clamp_max(self.classes - 1)
-        return self.straight_through(F.one_hot(index, self.classes).flatten(-2), probs)
+        below = uniform.unsqueeze(-1) > self.probs(logits).cumsum(-1)
+        index = below.sum(-1).clamp_max(self.classes - 1)
+        return F.one_hot(index, self.classes).flatten(-2).to(self.dtype)
+
+    def sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """`draw` with the straight-through gradient of the probabilities."""
+        return self.straight_through(self.draw(logits.detach(), uniform), self.probs(logits))
 
     def mode(self, logits: Tensor) -> Tensor:
         """The most likely state, one-hot, [..., S*K]."""
