@@ -73,6 +73,8 @@ def _checked_overrides(overrides: list[str]) -> list[str]:
             problems.append(f"'{text}' is no override; write key=value.")
         elif name == "checkpoint":  # short for checkpoint.path
             out.append(f"checkpoint.path={_quoted(value)}")
+        elif name == "collector":  # short for collector.kind
+            out.append(f"collector.kind={value}")
         elif name in ("run.dir", "checkpoint.path", "checkpoint.init_from"):
             out.append(f"{name}={_quoted(value)}")
         elif name.startswith("env.cfg."):

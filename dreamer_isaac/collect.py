@@ -1,7 +1,9 @@
 """Collection: the acting policy steps the simulator and hands records to a sink.
 
-`Sync` steps in the caller's thread. A collector has `start`, `step`, `publish`, `stop` and is a
-context manager; the training loop needs no more, so that a threaded one fits the same place.
+`Sync` steps in the caller's thread. `Thread` steps in a background thread without pause, with its
+own copy of the networks, on its own device if it has one; what it collects waits in a bounded queue
+until the learner's thread calls `step`, and new weights wait in a one-slot mailbox until the
+collector is between two env steps. Both have `start`, `step`, `publish`, `stop`.
 
 The first `eval_envs` rows act deterministically all the time; they are in the frame count, in
 the evaluation curve, and nowhere else.
@@ -9,7 +11,13 @@ the evaluation curve, and nowhere else.
 
 from __future__ import annotations
 
+import copy
+import queue
+import threading
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,77 +26,180 @@ from torch import Tensor
 
 from dreamer_isaac.envs.contract import Observation, SimEnv
 from dreamer_isaac.models import Agent, Carry
+from dreamer_isaac.optim import flatten
 
 Sink = Callable[[TensorDict], None]
-"""Receives records [training envs, steps], on the simulator's device."""
+"""Receives records [training envs, steps]."""
+
+
+class CollectorError(RuntimeError):
+    """The collector's thread died; the cause is chained."""
 
 
 class EpisodeStats:
-    """Returns and lengths of finished episodes, summed on the device, read at log points."""
+    """Mean return and length of the last N finished episodes of N envs, kept on the device.
+
+    Means over the episodes that happen to end between two log points would jump: envs that start
+    together end together, and in between only those that fail early.
+    """
 
     def __init__(self, envs: int, device: torch.device):
         self.running = torch.zeros(2, envs, dtype=torch.float64, device=device)
         """Return and length of the running episode of every env."""
-        self.totals = torch.zeros(3, dtype=torch.float64, device=device)
-        """Sums over finished episodes: return, length, count."""
+        self.last = torch.zeros(2, envs + 1, dtype=torch.float64, device=device)
+        """Return and length of the last N finished episodes, a ring, and a column for nothing."""
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
+        """Finished episodes so far."""
 
     def update(self, reward: Tensor, done: Tensor) -> None:
         """Add one step: reward [N], done [N]."""
+        envs = self.running.shape[1]
         self.running[0] += reward
         self.running[1] += 1
-        ended = torch.where(done, self.running, 0.0)
-        self.totals[:2] += ended.sum(1)
-        self.totals[2] += done.sum()
+        place = (self.count + done.cumsum(0) - 1) % max(envs, 1)
+        place = torch.where(done, place, envs)
+        self.last.scatter_(1, place.expand(2, -1), self.running)
+        self.count += done.sum()
         self.running.masked_fill_(done, 0.0)
 
-    def read(self) -> dict[str, float]:
-        """Means since the last call; empty when no episode ended."""
-        total, length, count = self.totals.tolist()
-        self.totals.zero_()
-        if not count:
-            return {}
-        return {"return": total / count, "length": length / count, "episodes": count}
+    def summary(self) -> Tensor:
+        """[3]: mean return, mean length, and the number of episodes so far."""
+        envs = self.running.shape[1]
+        known = torch.arange(envs + 1, device=self.count.device) < self.count.clamp_max(envs)
+        means = (self.last * known).sum(1) / self.count.clamp(1, max(envs, 1))
+        return torch.cat([means, self.count.double().unsqueeze(0)])
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"running": self.running.clone(), "totals": self.totals.clone()}
+        return {k: getattr(self, k).clone() for k in ("running", "last", "count")}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.running.copy_(state["running"])
-        self.totals.copy_(state["totals"])
+        for name, saved in state.items():
+            getattr(self, name).copy_(saved)
 
 
-class Sync:
-    """Collects in the caller's thread.
+class Policy:
+    """Acts for N envs, one observation after the other, and remembers what acting needs.
 
     Args:
-        env: the simulator. agent: the acting networks; on one device they are the learner's own.
-        sink: receives the records. generator: the policy's noise, on the env's device.
-        steps: env steps per `step()`. random_frames: frames with uniform actions at first.
-        eval_envs: deterministic rows, the first ones.
+        agent: the acting networks, on the simulator's device.
+        generator: its noise. bound: actions are clipped to [-bound, bound].
+        deterministic: [N] bool: these rows take the policy's mean.
+        capture: replay one step as a CUDA graph. wrap: what is done to the networks' step first,
+            e.g. `torch.compile`.
     """
 
     def __init__(
         self,
-        env: SimEnv,
         agent: Agent,
-        sink: Sink,
         generator: torch.Generator,
-        steps: int,
-        random_frames: int,
-        eval_envs: int,
+        bound: float,
+        deterministic: Tensor,
+        capture: bool = False,
+        wrap: Callable[[Any], Any] = lambda f: f,
     ):
-        self.env, self.agent, self.sink, self.generator = env, agent, sink, generator
-        self.steps, self.random_frames, self.eval_envs = steps, random_frames, eval_envs
-        envs = env.info.num_envs
-        self.frames = 0
-        self.version = 0
-        self.train_stats = EpisodeStats(envs - eval_envs, env.device)
-        self.eval_stats = EpisodeStats(eval_envs, env.device)
-        self.carry = agent.initial_carry(envs)
-        self.observation: Observation | None = None
-        self.deterministic = torch.arange(envs, device=env.device) < eval_envs
+        self.agent, self.generator, self.bound = agent, generator, bound
+        self.deterministic, self.capture = deterministic, capture
+        self.carry = agent.initial_carry(len(deterministic))
+        """Belief, state and executed action of the last step, changed in place."""
+        self.random = torch.zeros((), dtype=torch.bool, device=deterministic.device)
+        """Whether the other rows act uniformly at random."""
+        self._networks = wrap(agent.act)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: Observation | None = None
 
-    def __enter__(self) -> Sync:
+    @torch.no_grad()
+    def __call__(self, observation: Observation) -> Carry:
+        """Belief, state and action after `observation`; tensors of the caller's own."""
+        if not self.capture:
+            self._act(observation)
+        else:
+            if self._graph is None:
+                self.prepare(observation)
+            assert self._inputs is not None and self._graph is not None
+            for mine, given in zip(self._inputs, observation, strict=True):
+                mine.copy_(given)
+            self._graph.replay()
+        return Carry(*(t.clone() for t in self.carry))
+
+    def _act(self, observation: Observation) -> None:
+        envs, device = len(self.deterministic), self.deterministic.device
+        options: dict[str, Any] = {"generator": self.generator, "device": device}
+        uniform = torch.rand(envs, self.agent.rssm.categoricals, **options)
+        normal = torch.randn(envs, self.agent.action, **options)
+        draw = (2 * torch.rand(envs, self.agent.action, **options) - 1) * self.bound
+        belief, state, action = self._networks(
+            observation.obs, observation.is_first, self.carry, uniform, normal, self.deterministic
+        )
+        at_random = (self.random & ~self.deterministic).unsqueeze(-1)
+        action = torch.where(at_random, draw, action).clamp(-self.bound, self.bound)
+        for mine, new in zip(self.carry, (belief, state, action), strict=True):
+            mine.copy_(new)
+
+    @torch.no_grad()
+    def prepare(self, observation: Observation) -> None:
+        """Compile and capture, with an example; leaves no trace in what the policy remembers."""
+        self._inputs = Observation(*(t.clone() for t in observation))
+        before, noise = [t.clone() for t in self.carry], self.generator.get_state()
+        device = self.deterministic.device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._act(self._inputs)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        self._graph.register_generator_state(self.generator)
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            self._act(self._inputs)
+        for mine, old in zip(self.carry, before, strict=True):
+            mine.copy_(old)
+        self.generator.set_state(noise)
+
+
+@dataclass
+class Setup:
+    """What a collector is made of.
+
+    Args:
+        env: the simulator. agent: the learner's networks. sink: receives the records.
+        generator: the policy's noise, on the env's device. steps: env steps per batch.
+        random_frames: frames with uniform actions at first. eval_envs: deterministic rows.
+        capture, wrap: see `Policy`.
+    """
+
+    env: SimEnv
+    agent: Agent
+    sink: Sink
+    generator: torch.Generator
+    steps: int
+    random_frames: int
+    eval_envs: int = 0
+    capture: bool = False
+    wrap: Callable[[Any], Any] = lambda f: f
+
+
+class Collector:
+    """What both collectors share: one env step, and the state between two."""
+
+    def __init__(self, setup: Setup, agent: Agent):
+        self.env, self.sink = setup.env, setup.sink
+        self.steps, self.random_frames = setup.steps, setup.random_frames
+        self.eval_envs, envs = setup.eval_envs, setup.env.info.num_envs
+        self.train_envs = envs - setup.eval_envs
+        self.frames = 0
+        """Frames collected so far, handed over or not."""
+        self.version = 0
+        device = setup.env.device
+        self.train_stats = EpisodeStats(self.train_envs, device)
+        self.eval_stats = EpisodeStats(self.eval_envs, device)
+        self.policy = Policy(
+            agent, setup.generator, setup.env.action_bound,
+            torch.arange(envs, device=device) < setup.eval_envs, setup.capture, setup.wrap,
+        )  # fmt: skip
+        self.observation: Observation | None = None
+        self._read = torch.zeros(2, dtype=torch.float64)
+
+    def __enter__(self) -> Collector:
         self.start()
         return self
 
@@ -101,65 +212,78 @@ class Sync:
             self.observation = self.env.reset()
 
     def stop(self) -> None:
-        """Nothing runs in the background."""
+        """End what runs in the background."""
+
+    def step(self, wait: bool = True) -> int:
+        """Hand records to the sink; returns the frames that they come from."""
+        raise NotImplementedError
 
     def publish(self, version: int) -> None:
-        """Note the version of the weights; here the learner's own weights act."""
-        self.version = version
+        """Offer the learner's weights as they are now."""
+        raise NotImplementedError
 
-    def step(self) -> int:
-        """Collect `steps` env steps into the sink.
+    @property
+    def pending(self) -> bool:
+        """Whether `step` would hand something over without waiting."""
+        return False
 
-        Returns:
-            Frames collected.
+    def allow(self, frames: float) -> None:
+        """Collect no further than this frame until told otherwise."""
+
+    def collect(self) -> TensorDict:
+        """`steps` env steps: records [training envs, steps] on the simulator's device.
 
         Raises:
             ObservationError: when the simulator returned NaN; nothing of this batch is kept.
         """
         records = [self._one() for _ in range(self.steps)]
         self.env.check_finite()
-        batch: Any = TensorDict.stack(records, 1)  # [envs, steps]
-        self.sink(batch)
-        collected = self.steps * self.env.info.num_envs
-        self.frames += collected
-        return collected
+        batch: Any = TensorDict.stack(records, 1)
+        self.frames += self.steps * self.env.info.num_envs
+        return batch
 
     def _one(self) -> TensorDict:
         """One env step; the record of the training rows."""
         assert self.observation is not None, "start() comes first"
         obs, is_first = self.observation
-        rssm, device = self.agent.rssm, self.env.device
-        envs = len(obs)
-        uniform = torch.rand(envs, rssm.categoricals, generator=self.generator, device=device)
-        normal = torch.randn(envs, self.agent.action, generator=self.generator, device=device)
-        belief, state, action = self.agent.act(
-            obs, is_first, self.carry, uniform, normal, self.deterministic
-        )
-        if self.frames < self.random_frames:
-            bound = self.env.action_bound
-            draw = torch.rand(action.shape, generator=self.generator, device=device)
-            action = torch.where(self.deterministic.unsqueeze(-1), action, (2 * draw - 1) * bound)
-        action, outcome, following = self.env.step(action)
-        self.carry = Carry(belief, state, action)
-        self.observation = following
+        self.policy.random.fill_(self.frames < self.random_frames)
+        belief, state, action = self.policy(self.observation)
+        action, outcome, self.observation = self.env.step(action)
         rows = slice(self.eval_envs, None)
         self.train_stats.update(outcome.reward[rows], outcome.done[rows])
         if self.eval_envs:
             head = slice(0, self.eval_envs)
             self.eval_stats.update(outcome.reward[head], outcome.done[head])
+        envs = len(obs)
         record = TensorDict(
             obs=obs, is_first=is_first, action=action, reward=outcome.reward,
             terminated=outcome.terminated, truncated=outcome.truncated, belief=belief,
-            state_index=rssm.compress(state),
-            version=torch.full((envs,), self.version, dtype=torch.int32, device=device),
+            state_index=self.policy.agent.rssm.compress(state),
+            version=torch.full((envs,), self.version, dtype=torch.int32, device=obs.device),
             batch_size=[envs],
         )  # fmt: skip
         return record[rows]
 
+    def totals(self) -> Tensor:
+        """[2, 3]: `EpisodeStats.summary` of the training and of the evaluation rows."""
+        return torch.stack([self.train_stats.summary(), self.eval_stats.summary()])
+
     def read_stats(self) -> dict[str, float]:
-        """Episode means since the last call: `episode/*` (training rows), `eval/*`."""
-        out = {f"episode/{k}": v for k, v in self.train_stats.read().items()}
-        return out | {f"eval/{k}": v for k, v in self.eval_stats.read().items()}
+        """`episode/*` (training rows) and `eval/*`: mean return and length of the last N finished
+        episodes, and how many have finished since the last call; nothing where none has."""
+        totals = self._latest_totals().cpu()
+        new, self._read = totals[:, 2] - self._read, totals[:, 2].clone()
+        out = {}
+        for label, row, count in zip(
+            ("episode", "eval"), totals.tolist(), new.tolist(), strict=True
+        ):
+            if count:
+                out |= {f"{label}/return": row[0], f"{label}/length": row[1],
+                        f"{label}/episodes": count}  # fmt: skip
+        return out
+
+    def _latest_totals(self) -> Tensor:
+        return self.totals()
 
     def state_dict(self, exact: bool) -> dict[str, Any]:
         """The frame count; with `exact`, everything that decides what comes next."""
@@ -168,12 +292,13 @@ class Sync:
             assert self.observation is not None
             state |= {
                 "env": self.env.state_dict(),
-                "carry": [t.clone() for t in self.carry],
+                "carry": [t.clone() for t in self.policy.carry],
                 "obs": self.observation.obs.clone(),
                 "is_first": self.observation.is_first.clone(),
-                "generator": self.generator.get_state(),
+                "generator": self.policy.generator.get_state(),
                 "train_stats": self.train_stats.state_dict(),
                 "eval_stats": self.eval_stats.state_dict(),
+                "read": self._read.clone(),
             }
         return state
 
@@ -183,8 +308,253 @@ class Sync:
         if "env" not in state:
             return
         self.env.load_state_dict(state["env"])
-        self.carry = Carry(*state["carry"])
+        for mine, saved in zip(self.policy.carry, state["carry"], strict=True):
+            mine.copy_(saved)
         self.observation = Observation(state["obs"], state["is_first"])
-        self.generator.set_state(state["generator"].cpu())
+        self.policy.generator.set_state(state["generator"].cpu())
         self.train_stats.load_state_dict(state["train_stats"])
         self.eval_stats.load_state_dict(state["eval_stats"])
+        self._read = state["read"].cpu()
+
+
+class Sync(Collector):
+    """Collects in the caller's thread; on one device the learner's own networks act."""
+
+    def __init__(self, setup: Setup):
+        super().__init__(setup, setup.agent)
+
+    def step(self, wait: bool = True) -> int:
+        before = self.frames
+        self.sink(self.collect())
+        return self.frames - before
+
+    def publish(self, version: int) -> None:
+        self.version = version
+
+
+@dataclass
+class _Parcel:
+    """A batch on its way to the learner."""
+
+    batch: TensorDict
+    frames: int
+    totals: Tensor
+    ready: torch.cuda.Event | None
+    """Recorded when the copy to the learner's device is complete."""
+
+
+class Mailbox:
+    """One slot for weights. The newest wins; they are taken whole, between two env steps.
+
+    Args:
+        source: the learner's flat weights. target: the acting networks', on their device.
+
+    Both sides only enqueue work. On GPUs the learner's stream makes a snapshot, streams of their
+    own carry it to the slot on the acting device, and events keep each buffer from being written
+    before it has been read.
+    """
+
+    def __init__(self, source: Tensor, target: Tensor):
+        self.source, self.target = source, target
+        self.slot = target.detach().clone()
+        self.lock = threading.Lock()
+        self.version: int | None = None
+        self.on_gpu = target.device.type == "cuda"
+        if self.on_gpu:
+            self.snapshot = source.detach().clone()
+            self.send, self.receive = (torch.cuda.Stream(t.device) for t in (source, target))
+            self.arrived, self.taken = torch.cuda.Event(), torch.cuda.Event()
+
+    def put(self, version: int) -> None:
+        """Called by the learner's thread."""
+        with self.lock:
+            if self.on_gpu:
+                here = torch.cuda.current_stream(self.source.device)
+                here.wait_event(self.arrived)  # the snapshot before has left
+                self.snapshot.copy_(self.source)
+                self.send.wait_stream(here)
+                self.send.wait_event(self.taken)
+                # A copy between GPUs waits for the current streams of both: neither may be one
+                # on which the learner or the simulator has work.
+                with torch.cuda.stream(self.receive), torch.cuda.stream(self.send):
+                    self.slot.copy_(self.snapshot, non_blocking=True)
+                self.arrived.record(self.send)
+            else:
+                self.slot.copy_(self.source)
+            self.version = version
+
+    def take(self) -> int | None:
+        """Called by the collector's thread: load new weights; returns their version, or None."""
+        if self.version is None:
+            return None
+        with self.lock:
+            if self.on_gpu:
+                here = torch.cuda.current_stream(self.target.device)
+                here.wait_event(self.arrived)
+                self.target.copy_(self.slot)
+                self.taken.record(here)
+            else:
+                self.target.copy_(self.slot)
+            version, self.version = self.version, None
+        return version
+
+
+class Thread(Collector):
+    """Collects in a background thread.
+
+    Args:
+        weights: the learner's flat weights (`Learner.flat`). device: the learner's.
+        depth: batches that may wait for the learner. total: frames after which the thread ends.
+
+    Every wait of either side is counted: `waited`.
+    """
+
+    def __init__(
+        self, setup: Setup, weights: Tensor, device: torch.device, total: int, depth: int = 4
+    ):
+        agent = copy.deepcopy(setup.agent).to(setup.env.device)
+        flat = flatten(agent.parameters())
+        super().__init__(setup, agent)
+        self.mailbox = Mailbox(weights, flat)
+        self.device, self.total = device, total
+        self.queue: queue.Queue[_Parcel | None] = queue.Queue(depth)
+        self.waited = {"learner": 0.0, "collector": 0.0}
+        """Seconds, since the start."""
+        self._limit = float("inf")
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._delivered = torch.zeros(2, 3, dtype=torch.float64)
+        self._seen = dict(self.waited)
+
+    # -- the learner's thread ------------------------------------------------------------------
+
+    def start(self) -> None:
+        super().start()
+        self.mailbox.put(self.version)
+        if self.policy.capture:
+            assert self.observation is not None
+            self.policy.prepare(self.observation)  # compiling in two threads at once is not safe
+        self._thread = threading.Thread(target=self._run, name="collector", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; waits for its current env step."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=30)
+            self._thread = None
+
+    @property
+    def pending(self) -> bool:
+        return not self.queue.empty()
+
+    def allow(self, frames: float) -> None:
+        self._limit = frames
+
+    def step(self, wait: bool = True) -> int:
+        """Hand over everything that has arrived; with `wait`, at least one batch, unless the thread
+        has ended or a tenth of a second has passed (signals are looked at then).
+
+        Raises:
+            CollectorError: the thread has died of an exception.
+        """
+        frames = 0
+        begin = time.monotonic()
+        while True:
+            try:
+                parcel = self.queue.get(timeout=0.1) if wait and not frames else (
+                    self.queue.get_nowait()
+                )  # fmt: skip
+            except queue.Empty:
+                break
+            if parcel is None:
+                break
+            if wait and not frames:
+                self.waited["learner"] += time.monotonic() - begin
+            frames += self._deliver(parcel)
+        if self._error is not None:
+            raise CollectorError(
+                f"the collector's thread died of {type(self._error).__name__}: {self._error}"
+            ) from self._error
+        return frames
+
+    def _deliver(self, parcel: _Parcel) -> int:
+        if parcel.ready is not None:
+            here = torch.cuda.current_stream(self.device)
+            here.wait_event(parcel.ready)
+            for tensor in (*parcel.batch.values(), parcel.totals):
+                tensor.record_stream(here)
+        self.sink(parcel.batch)
+        self._delivered = parcel.totals
+        return parcel.frames
+
+    def publish(self, version: int) -> None:
+        self.mailbox.put(version)
+
+    def _latest_totals(self) -> Tensor:
+        return self._delivered
+
+    def read_stats(self) -> dict[str, float]:
+        out = super().read_stats()
+        for side, seconds in self.waited.items():
+            out[f"time/{side}_waited"] = seconds - self._seen[side]
+            self._seen[side] = seconds
+        return out
+
+    # -- the collector's thread ----------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            with self._on_device():
+                while not self._stop.is_set() and self.frames < self.total:
+                    begin = time.monotonic()
+                    while self.frames >= self._limit and not self._stop.is_set():
+                        time.sleep(0.001)
+                    self.waited["collector"] += time.monotonic() - begin
+                    before = self.frames
+                    self._hand_over(self.collect(), self.frames - before)
+        except BaseException as e:
+            self._error = e
+            self._stop.set()
+        finally:
+            with suppress(queue.Full):
+                self.queue.put_nowait(None)  # wakes a waiting learner
+
+    def _one(self) -> TensorDict:
+        version = self.mailbox.take()
+        if version is not None:
+            self.version = version
+        return super()._one()
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        device = self.env.device
+        if device.type != "cuda":
+            return nullcontext()
+        self._copy = torch.cuda.Stream(device)
+        self._arrive = torch.cuda.Stream(self.device)
+        return torch.cuda.device(device)
+
+    def _hand_over(self, batch: TensorDict, frames: int) -> None:
+        totals, ready = self.totals(), None
+        if self.env.device.type == "cuda":
+            # On streams of their own on both devices, so that neither the simulator waits for the
+            # learner's queue nor the learner for the simulator's.
+            self._copy.wait_stream(torch.cuda.current_stream(self.env.device))
+            for tensor in (*batch.values(), totals):
+                tensor.record_stream(self._copy)
+            with torch.cuda.stream(self._arrive), torch.cuda.stream(self._copy):
+                batch = batch.to(self.device, non_blocking=True)
+                totals = totals.to(self.device, non_blocking=True)
+            ready = self._arrive.record_event()
+            if self.device == self.env.device:  # nothing was copied: it is ready when made
+                ready = self._copy.record_event()
+        begin = time.monotonic()
+        parcel = _Parcel(batch, frames, totals, ready)
+        while not self._stop.is_set():
+            try:
+                self.queue.put(parcel, timeout=0.05)
+                break
+            except queue.Full:
+                continue
+        self.waited["collector"] += time.monotonic() - begin

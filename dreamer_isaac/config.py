@@ -70,6 +70,10 @@ class EnvConfig:
 class CollectorConfig:
     """How experience is gathered."""
 
+    kind: Literal["auto", "sync", "thread"] = "auto"
+    """`sync` collects and learns in turn; `thread` collects in a background thread without pause.
+    `auto`: `thread` where simulator and learner have a GPU each. `collector=thread` is short for
+    `collector.kind=thread`."""
     frames_per_batch: int = 4096
     """Frames (env steps, summed over envs) between two visits of the learner."""
     init_random_frames: int = 16384
@@ -103,7 +107,11 @@ class OptimizationConfig:
     agc: float = 0.3
     """Adaptive gradient clipping: a tensor's gradient norm is at most this times its norm."""
     replay_ratio: float = 32.0
-    """Trained steps (batch_size) per collected and stored step."""
+    """Trained steps (batch_size) per collected and stored step: the learner waits for more
+    experience rather than exceed it."""
+    replay_ratio_floor: float = 0.5
+    """With `collector=thread`: the collector waits for the learner rather than let the ratio fall
+    below this part of `replay_ratio`; 0 lets it run freely."""
     max_updates: int = 0
     """End the run after so many updates; 0 means no limit."""
     autocast: Literal["bfloat16", "float16", "false"] = "false"
@@ -460,6 +468,10 @@ def contradictions(cfg: Config) -> list[str]:
         2 <= cfg.model.classes <= 256,
         f"model.classes={cfg.model.classes}: must be 2 to 256 (replay stores a class in a byte).",
     )
+    need(0 <= opt.replay_ratio_floor <= 1, f"optimization.replay_ratio_floor="
+         f"{opt.replay_ratio_floor}: must be in [0, 1].")  # fmt: skip
+    need(not (ck.exact and col.kind == "thread"), "checkpoint.exact=true needs collector=sync: two "
+         "threads meet at other moments in every run.")  # fmt: skip
     if cfg.mode == "train":
         out += _training_contradictions(cfg)
         need(not ck.path, f"checkpoint={ck.path} is read by mode=evaluate only; to "

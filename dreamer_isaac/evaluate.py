@@ -178,7 +178,8 @@ def open_loop(agent: Agent, trajectory: Trajectory, steps: int) -> OpenLoop | No
         trajectory.belief[whole, start], trajectory.state[whole, start],
         trajectory.action[whole, start],
     )  # fmt: skip
-    prediction = agent.predict(carry, trajectory.action[whole, span])
+    generator = torch.Generator(device=carry.belief.device).manual_seed(0)
+    prediction = agent.predict(carry, trajectory.action[whole, span], generator)
     truth = trajectory.obs[whole, start + 1 : start + steps + 1]
     prediction = prediction[:, : truth.shape[1]]
     spread = truth.std((0, 1)).clamp_min(1e-3)
@@ -246,15 +247,16 @@ def plots(folder: Path, rows: list[dict[str, str]], loop: OpenLoop | None, names
         plt.close(figure)
 
     losses = ["reconstruction", "reward", "continue", "dynamics", "representation", "critic"]
-    figure, axes = plt.subplots(2, 3, figsize=(10, 5.5), sharex=True)
-    for axis, name in zip(axes.flat, losses, strict=True):
-        x, y = series(f"loss/{name}")
-        axis.plot(x, y)
-        axis.set_title(name, fontsize=10)
-        axis.grid(alpha=0.3)
-    for axis in axes[1]:
-        axis.set_xlabel("frames")
-    save(figure, "losses.png")
+    if series("loss/total")[0]:
+        figure, axes = plt.subplots(2, 3, figsize=(10, 5.5), sharex=True)
+        for axis, name in zip(axes.flat, losses, strict=True):
+            x, y = series(f"loss/{name}")
+            axis.plot(x, y)
+            axis.set_title(name, fontsize=10)
+            axis.grid(alpha=0.3)
+        for axis in axes[1]:
+            axis.set_xlabel("frames")
+        save(figure, "losses.png")
 
     if loop is not None:
         shown = min(8, loop.truth.shape[2])
@@ -272,6 +274,8 @@ def plots(folder: Path, rows: list[dict[str, str]], loop: OpenLoop | None, names
         flat[shown].set_title("error / spread, all components", fontsize=9)
         flat[shown].set_ylim(bottom=0)
         flat[shown].grid(alpha=0.3)
+        for axis in axes.flat[-3:]:
+            axis.set_xlabel("steps ahead")
         for axis in list(flat)[shown + 1 :]:
             axis.axis("off")
         save(figure, "open_loop.png")

@@ -126,7 +126,6 @@ class Learner:
         agent: the networks, already on the learner's device.
         generator: draws the update's noise; on the agent's device.
         reward_multiplier: rewards are trained times this (config.AlgoConfig.reward_multiplier).
-        total_updates: of the whole run, for `optimization.anneal`.
     """
 
     def __init__(
@@ -136,7 +135,6 @@ class Learner:
         optimization: OptimizationConfig,
         generator: torch.Generator,
         reward_multiplier: float = 1.0,
-        total_updates: int = 0,
     ):
         self.agent, self.algo, self.generator = agent, algo, generator
         self.reward_multiplier = reward_multiplier
@@ -144,15 +142,15 @@ class Learner:
         """All weights, the slow critic's last; `agent`'s parameters are views of it."""
         self.params = agent.learned()
         on_gpu = {"true": True, "false": False, "auto": self.flat.device.type == "cuda"}
-        wrap = _compiled if on_gpu[optimization.compile.enabled] else _as_it_is
+        wrap = compile_function if on_gpu[optimization.compile.enabled] else as_it_is
         half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(optimization.autocast)
         self.net = copy.deepcopy(agent) if half else agent
         """The networks that the update runs: `agent`, or its copy in half precision."""
         self.working = flatten(self.net.parameters(), half) if half else self.flat
         self.optimizer = LaProp(
             self.params, optimization.lr, optimization.warmup_updates, optimization.agc,
-            flat=self.flat, sources=self.net.learned(), total=total_updates,
-            anneal=int(optimization.anneal * total_updates), wrap=wrap,
+            flat=self.flat, sources=self.net.learned(), anneal=optimization.anneal,
+            wrap=wrap,
         )  # fmt: skip
         self._slow: list[Tensor] = list(agent.slow_critic.parameters())
         self._critic: list[Tensor] = list(agent.critic.parameters())
@@ -171,6 +169,7 @@ class Learner:
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._capture = on_gpu[optimization.compile.cudagraph]
         self._graphs: dict[Any, Captured] = {}
+        self._launched: list[torch.cuda.Event] = []
 
     # -- one update ----------------------------------------------------------------------------
 
@@ -194,11 +193,21 @@ class Learner:
                 self._graphs[shape] = Captured(self, fields)
             metrics, latents = self._graphs[shape](fields)
             self.last_batch = self._graphs[shape].batch
+            self._keep_pace()
         else:
             metrics, latents = self._update(fields)
             self.last_batch = fields
         self.updates += 1
         return metrics, TensorDict(latents, latents["belief"].shape[:2])
+
+    def _keep_pace(self) -> None:
+        """Let the host run at most one update ahead of the device: weights are published, and the
+        replay ratio counted, when updates are launched."""
+        event = torch.cuda.Event(blocking=True)  # sleeps instead of spinning
+        event.record(torch.cuda.current_stream(self.device))
+        self._launched.append(event)
+        if len(self._launched) > 2:
+            self._launched.pop(0).synchronize()
 
     def _update(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The whole update as a fixed sequence of kernels: no host value is read or written."""
@@ -502,11 +511,13 @@ FIELDS = ("obs", "is_first", "action", "reward", "terminated", "belief", "state_
 """The entries of a batch that an update reads."""
 
 
-def _as_it_is(f: Any) -> Any:
+def as_it_is(f: Any) -> Any:
+    """No change: the eager way."""
     return f
 
 
-def _compiled(f: Any) -> Any:
+def compile_function(f: Any) -> Any:
+    """torch.compile for one set of shapes; a graph break is an error."""
     return torch.compile(f, fullgraph=True, dynamic=False)
 
 

@@ -84,12 +84,19 @@ def devices(cfg: Config) -> tuple[torch.device, torch.device]:
             device = torch.device("cuda", 0)
         return device
 
-    auto = "cuda:0" if count else "cpu"
-    sim = pick("env.device", cfg.env.device, auto)
-    learn = pick("optimization.device", cfg.optimization.device, str(sim))
-    if sim != learn:
-        raise ConfigError([f"env.device={sim} and optimization.device={learn} differ: collecting "
-                           "on one device and learning on another is not built yet."])  # fmt: skip
+    sim = pick("env.device", cfg.env.device, "cuda:0" if count else "cpu")
+    other = sim
+    if cfg.mode == "train" and count > 1 and sim.type == "cuda" and cfg.collector.kind != "sync":
+        other = torch.device("cuda", next(i for i in range(count) if i != sim.index))
+    learn = pick("optimization.device", cfg.optimization.device, str(other))
+    if sim != learn and cfg.collector.kind == "sync":
+        raise ConfigError([
+            f"env.device={sim} and optimization.device={learn} differ: collector=sync acts with "
+            "the learner's own networks. Remedy: collector=thread."
+        ])  # fmt: skip
+    if sim != learn and cfg.checkpoint.exact:
+        raise ConfigError(["checkpoint.exact=true needs one device. Remedy: optimization.device="
+                           f"{sim}."])  # fmt: skip
     if learn.type != "cuda" and cfg.optimization.compile.cudagraph == "true":
         raise ConfigError(["optimization.compile.cudagraph=true needs a GPU. Remedy: optimization."
                            "compile.cudagraph=auto."])  # fmt: skip

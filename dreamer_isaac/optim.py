@@ -50,14 +50,14 @@ class LaProp:
         g <- g / max(1, |g| / (agc * max(1e-3, |p|)))          # AGC, per tensor as the reference
         v <- b2 v + (1 - b2) g^2
         m <- b1 m + (1 - b1) g / (sqrt(v / (1 - b2^t)) + eps)
-        p <- p - lr * min(1, (t - 1) / warmup, (total - t) / anneal) * m / (1 - b1^t)
+        p <- p - lr * min(1, (t - 1) / warmup, (1 - progress) / anneal) * m / (1 - b1^t)
 
     The counter t is a tensor, so a step needs no host value. TorchRL's `DreamerV3Optimizer` has
     the same arithmetic (tests/test_optim.py holds the two together) with the counter on the host.
 
     Args:
-        warmup: updates over which the learning rate rises. total: updates of the whole run, the
-            last `anneal` of which the learning rate falls to 0; without `anneal` it stays.
+        warmup: updates over which the learning rate rises. anneal: the part of the run, at its end,
+            over which it falls to 0; the run's `progress` (0 to 1) is a tensor that its owner sets.
         params: name -> parameter; names label the state in checkpoints. They become views of one
             flat tensor, `flat`, unless `flat` is given and they are already.
         sources: name -> the parameter whose gradient is applied, where that is not the parameter
@@ -75,13 +75,12 @@ class LaProp:
         eps: float = 1e-20,
         flat: Tensor | None = None,
         sources: dict[str, nn.Parameter] | None = None,
-        total: int = 0,
-        anneal: int = 0,
+        anneal: float = 0.0,
         wrap: Callable[[Any], Any] = lambda f: f,
     ):
         self.params, self.sources = params, sources or params
         self.lr, self.warmup, self.agc, self.betas, self.eps = lr, warmup, agc, betas, eps
-        self.total, self.anneal = total, anneal
+        self.anneal = anneal
         parameters = list(params.values())
         offsets, length = offsets_of(parameters)
         self.flat = (flatten(parameters) if flat is None else flat)[:length]
@@ -93,6 +92,7 @@ class LaProp:
         index = torch.arange(len(sizes), dtype=torch.int32)
         self.segment = torch.repeat_interleave(index, sizes).to(self.flat.device)
         """Which parameter every element of `flat` belongs to."""
+        self.progress = torch.zeros((), device=self.flat.device, dtype=torch.float64)
         self.step_count = torch.zeros((), device=self.flat.device, dtype=torch.float64)
         self._apply = wrap(self._arithmetic)
 
@@ -112,12 +112,12 @@ class LaProp:
         limits = torch.stack(list(torch._foreach_norm(list(self.params.values()))))
         return self._apply(
             norms, limits, self.flat, self.grad, self.square, self.momentum, self.segment,
-            self.step_count,
+            self.step_count, self.progress,
         )  # fmt: skip
 
     def _arithmetic(
         self, norms: Tensor, limits: Tensor, flat: Tensor, grad: Tensor, square: Tensor,
-        momentum: Tensor, segment: Tensor, t: Tensor,
+        momentum: Tensor, segment: Tensor, t: Tensor, progress: Tensor,
     ) -> Tensor:  # fmt: skip
         beta1, beta2 = self.betas
         t += 1
@@ -128,7 +128,7 @@ class LaProp:
         momentum.lerp_(clipped / root, 1 - beta1)
         share = ((t - 1) / self.warmup).clamp_max(1.0) if self.warmup else torch.ones_like(t)
         if self.anneal:
-            share = torch.minimum(share, ((self.total - t) / self.anneal).clamp_min(0.0))
+            share = torch.minimum(share, ((1 - progress) / self.anneal).clamp_min(0.0))
         size = (self.lr * share / (1 - beta1**t)).to(flat.dtype)
         flat.sub_(momentum * size)
         return norms.square().sum().sqrt()

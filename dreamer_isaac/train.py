@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import sys
 import time
@@ -15,9 +16,9 @@ import torch
 
 from dreamer_isaac import checkpoint, cli
 from dreamer_isaac.checkpoint import Checkpoints
-from dreamer_isaac.collect import Sync
+from dreamer_isaac.collect import Collector, CollectorError, Setup, Sync, Thread
 from dreamer_isaac.config import Config, ConfigError, to_dict
-from dreamer_isaac.learner import Learner, NonFiniteError
+from dreamer_isaac.learner import Learner, NonFiniteError, as_it_is, compile_function
 from dreamer_isaac.logger import Console, Logger, duration
 from dreamer_isaac.main import (
     devices,
@@ -28,24 +29,40 @@ from dreamer_isaac.main import (
     versions,
     write_json,
 )
+from dreamer_isaac.models import Agent
 from dreamer_isaac.replay import Replay
 
 
 class Limiter:
-    """Owes the learner `ratio` trained steps for every stored one (the replay ratio).
+    """Keeps the replay ratio, trained steps per stored step, within bounds.
 
     Args:
+        ratio: the learner owes this many trained steps for every stored one, and makes no more.
         batch: trained steps of one update. start: frames before which nothing is trained.
+        floor: a collector that runs by itself may get ahead until what was trained is this part of
+            what `ratio` asks for; 0 sets no limit. share: stored steps per frame. slack: frames
+            that it may be ahead in any case.
     """
 
-    def __init__(self, ratio: float, batch: int, start: int):
+    def __init__(
+        self, ratio: float, batch: int, start: int, floor: float = 0.0, share: float = 1.0,
+        slack: int = 0,
+    ):  # fmt: skip
         self.ratio, self.batch, self.start = ratio, batch, start
+        self.floor, self.share = floor, share
+        self.slack = slack + batch / ratio / share  # or both sides could wait for one update
         self.credit = 0.0
+        """Trained steps that are owed."""
+        self.paid = 0.0
 
     def collected(self, frames: int, stored: int) -> None:
         """Note `stored` new records; `frames` is the count so far."""
         if frames > self.start:
             self.credit += stored * self.ratio
+
+    def owes(self, ready: bool) -> bool:
+        """Whether an update is due."""
+        return ready and self.credit >= self.batch
 
     def due(self, ready: bool) -> Iterator[None]:
         """One turn for every update that may be made now; it is paid for when it is taken. What is
@@ -55,16 +72,15 @@ class Limiter:
             self.credit = 0.0
         while self.credit >= self.batch:
             self.credit -= self.batch
+            self.paid += self.batch
             yield
 
-
-def expected_updates(cfg: Config) -> int:
-    """Updates that a whole run makes."""
-    share = 1 - cfg.evaluation.num_envs / cfg.env.num_envs
-    stored = (cfg.collector.total_frames - cfg.collector.init_random_frames) * share
-    count = int(stored * cfg.optimization.replay_ratio / cfg.replay_buffer.batch_size)
-    limit = cfg.optimization.max_updates
-    return min(count, limit) if limit else count
+    def allowance(self, frames: int) -> float:
+        """The frame that the collector may reach, when `frames` have been handed over."""
+        if not self.floor:
+            return float("inf")
+        ahead = self.paid * (1 / self.floor - 1) - self.credit
+        return frames + ahead / self.ratio / self.share + self.slack
 
 
 class StopSignal:
@@ -114,7 +130,7 @@ class Run:
         info, train_envs = self.env.info, cfg.env.num_envs - cfg.evaluation.num_envs
         self.learner = Learner(
             self.agent, cfg.algo, cfg.optimization, generators[1],
-            cfg.algo.reward_multiplier or 1 / info.step_dt, expected_updates(cfg),
+            cfg.algo.reward_multiplier or 1 / info.step_dt,
         )  # fmt: skip
         self.replay = Replay(
             cfg.replay_buffer, train_envs, info.observation, info.action, cfg.model,
@@ -122,18 +138,41 @@ class Run:
         )  # fmt: skip
         self.limiter = Limiter(
             cfg.optimization.replay_ratio, cfg.replay_buffer.batch_size,
-            cfg.collector.init_random_frames,
+            cfg.collector.init_random_frames, cfg.optimization.replay_ratio_floor,
+            train_envs / cfg.env.num_envs, 4 * cfg.collector.frames_per_batch,
         )  # fmt: skip
-        self.collector = Sync(
-            self.env, self.agent, self.replay.extend, generators[0],
-            cfg.collector.frames_per_batch // cfg.env.num_envs,
-            cfg.collector.init_random_frames, cfg.evaluation.num_envs,
-        )  # fmt: skip
+        self.collector = self._collector(generators[0])
         self.checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep)
         self.frames = 0
         self.episodes = 0.0
         self.seconds = 0.0
         """Wall seconds of the training loop in earlier sessions of this run."""
+
+    def _collector(self, generator: torch.Generator) -> Collector:
+        cfg = self.cfg
+        on_gpu = self.sim_device.type == "cuda"
+        compiled = {"true": True, "false": False, "auto": on_gpu}
+        setup = Setup(
+            self.env, self.agent, self.replay.extend, generator,
+            cfg.collector.frames_per_batch // cfg.env.num_envs, cfg.collector.init_random_frames,
+            cfg.evaluation.num_envs, on_gpu and compiled[cfg.optimization.compile.cudagraph],
+            compile_function if on_gpu and compiled[cfg.optimization.compile.enabled] else as_it_is,
+        )  # fmt: skip
+        kind, why = cfg.collector.kind, "asked for"
+        if kind == "auto":
+            two = self.sim_device != self.device
+            kind = "thread" if two else "sync"
+            why = "two GPUs" if two else "one device"
+        self.console.say(f"collector: {kind} ({why})")
+        if kind == "sync":
+            return Sync(setup)
+        return Thread(setup, self.learner.flat, self.device, cfg.collector.total_frames)
+
+    def acting_agent(self) -> Agent:
+        """The networks as they are now, on the simulator's device."""
+        if self.sim_device == self.device:
+            return self.agent
+        return copy.deepcopy(self.agent).to(self.sim_device)
 
     def describe(self) -> None:
         parameters = sum(p.numel() for p in self.learner.params.values())
@@ -257,11 +296,16 @@ def train(cfg: Config, folder: Path, console: Console) -> int:
         torch.save(run.learner.last_batch, folder / "nonfinite_batch.pt")
         console.say(f"the batch is in {folder / 'nonfinite_batch.pt'}")
         raise
+    except CollectorError:  # what was learned is whole
+        run.save()
+        console.say(f"saved at {run.frames:,} frames; the same command resumes: run.dir={folder}")
+        raise
     finally:
         logger.close()
     summary = _summary(run, reason)
     if cfg.evaluation.final and not stop.number:
-        summary["evaluation"] = report(cfg, folder, run.env, run.agent, console, logger.rows())
+        agent = run.acting_agent()
+        summary["evaluation"] = report(cfg, folder, run.env, agent, console, logger.rows())
     write_json(folder / "summary.json", summary)
     console.say(f"results: {folder}")
     run.env.close()
@@ -274,11 +318,14 @@ def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
     meter = Meter(run)
     metrics: dict[str, torch.Tensor] = {}
     saved = logged = run.frames
+    published = learner.updates
     most = cfg.optimization.max_updates or sys.maxsize
     with run.collector as collector:
         while run.frames < cfg.collector.total_frames and not stop.number:
-            run.frames += collector.step()
-            run.limiter.collected(run.frames, collector.steps * replay.envs)
+            arrived = collector.step(wait=not run.limiter.owes(replay.ready))
+            run.frames += arrived
+            run.limiter.collected(run.frames, arrived // cfg.env.num_envs * replay.envs)
+            learner.optimizer.progress.fill_(run.frames / cfg.collector.total_frames)
             for _ in run.limiter.due(replay.ready):
                 batch = replay.sample()
                 metrics, latents = learner.update(batch)
@@ -287,7 +334,13 @@ def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
                     learner.check_finite()  # costs nothing here, and keeps the batch that did it
                 if learner.updates >= most or (stop.number and not cfg.checkpoint.exact):
                     break  # an exact run first makes the updates that it owes
-            collector.publish(learner.updates)
+                if collector.pending:
+                    break
+            collector.allow(run.limiter.allowance(run.frames))
+            if learner.updates > published:
+                published = learner.updates
+                collector.publish(published)
+
             limit = learner.updates >= most
             done = run.frames >= cfg.collector.total_frames or bool(stop.number) or limit
             if run.frames - logged >= cfg.logger.interval_frames or done:

@@ -70,7 +70,7 @@ def learner(arguments: argparse.Namespace) -> dict[str, Any]:
     widths = arguments.observation, arguments.action
     agent = Agent(*widths, cfg.model, cfg.algo).to(device)
     generators = [torch.Generator(device=device).manual_seed(i) for i in range(2)]
-    trainer = Learner(agent, cfg.algo, cfg.optimization, generators[0], 1.0, 10_000)
+    trainer = Learner(agent, cfg.algo, cfg.optimization, generators[0])
     replay = Replay(cfg.replay_buffer, cfg.env.num_envs, *widths, cfg.model, device, generators[1])
     shape = (cfg.env.num_envs, 256)
     while len(replay) < replay.steps * cfg.env.num_envs:  # a full ring

@@ -38,7 +38,7 @@ def make(mode: str, autocast: Any = "false") -> Learner:
         lr=1e-4, warmup_updates=5, anneal=0.5, autocast=autocast, compile=how
     )
     generator = torch.Generator(device="cuda").manual_seed(1)
-    return Learner(agent, ALGO, options, generator, 1.0, total_updates=20)
+    return Learner(agent, ALGO, options, generator)
 
 
 def make_batch(seed: int, batch: int = B) -> TensorDict:

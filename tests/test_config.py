@@ -40,7 +40,9 @@ Program = Callable[..., subprocess.CompletedProcess[str]]
         ("checkpoint.init_modules=[brain]", ["brain", "encoder"]),
         ("env", ["env", "key=value"]),
         ("env.cfg.a.b", ["key=value"]),
-        ("collector=thread", ["section", "collector.total_frames"]),
+        ("collector=ray", ["collector.kind", "auto, sync, thread"]),
+        ("checkpoint.exact=true collector=thread", ["collector=sync"]),
+        ("evaluation=4", ["section", "evaluation.episodes"]),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(override: str, words: list[str]) -> None:

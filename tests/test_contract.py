@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreamer_isaac.collect import EpisodeStats, Sync
+from dreamer_isaac.collect import EpisodeStats, Setup, Sync
 from dreamer_isaac.config import AlgoConfig, ModelConfig
 from dreamer_isaac.envs.contract import ObservationError, SimEnv
 from dreamer_isaac.envs.toy import DT, LENGTH, LIMIT, ToyEnv
@@ -25,12 +25,16 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
+def make_agent() -> Agent:
+    return Agent(3, 1, MODEL, AlgoConfig())
+
+
 def collect(env: SimEnv, steps: int, eval_envs: int = 0, bound: float = 1.0) -> Any:
     torch.manual_seed(0)
     agent = Agent(env.info.observation, env.info.action, MODEL, AlgoConfig())
     got: list[Any] = []
     generator = torch.Generator().manual_seed(3)
-    collector = Sync(env, agent, got.append, generator, steps, 10**9, eval_envs)
+    collector = Sync(Setup(env, agent, got.append, generator, steps, 10**9, eval_envs))
     with collector:
         for _ in range(4):
             collector.step()
@@ -117,9 +121,37 @@ def test_episode_statistics_by_hand() -> None:
     for t in range(1, 7):
         done = torch.tensor([t in (2, 5), t == 6])
         stats.update(torch.tensor([1.0, 10.0]), done)
-    # env 0: two episodes of 2 and 3 steps; env 1: one of 6 with return 60
-    assert stats.read() == {"return": 65 / 3, "length": 11 / 3, "episodes": 3}
-    assert stats.read() == {}
+    # env 0: two episodes of 2 and 3 steps; env 1: one of 6 with return 60. The last two are kept.
+    assert stats.summary().tolist() == [63 / 2, 9 / 2, 3.0]
+
+
+def test_episode_statistics_of_the_last_episodes_of_many() -> None:
+    envs, g = 7, torch.Generator().manual_seed(0)
+    stats = EpisodeStats(envs, torch.device("cpu"))
+    finished: list[tuple[float, float]] = []
+    running = [[0.0, 0.0] for _ in range(envs)]
+    for _ in range(60):
+        reward, done = torch.rand(envs, generator=g), torch.rand(envs, generator=g) < 0.15
+        stats.update(reward, done)
+        for i in range(envs):
+            running[i][0] += reward[i].item()
+            running[i][1] += 1
+            if done[i]:
+                finished.append((running[i][0], running[i][1]))
+                running[i] = [0.0, 0.0]
+        last = torch.tensor(finished[-envs:] or [(0.0, 0.0)], dtype=torch.float64).mean(0)
+        torch.testing.assert_close(stats.summary()[:2], last)
+        assert stats.summary()[2] == len(finished)
+
+
+def test_statistics_are_read_when_an_episode_has_ended() -> None:
+    collector = Sync(Setup(ToyEnv(2, 0), make_agent(), lambda _: None, torch.Generator(), 1, 0))
+    assert collector.read_stats() == {}
+    collector.train_stats.update(torch.tensor([4.0, 2.0]), torch.tensor([True, False]))
+    assert collector.read_stats() == {
+        "episode/return": 4, "episode/length": 1, "episode/episodes": 1,
+    }  # fmt: skip
+    assert collector.read_stats() == {}
 
 
 @pytest.mark.parametrize("what", ["obs", "reward"])
@@ -137,7 +169,7 @@ def test_nan_from_the_simulator_is_an_error_and_is_not_recorded(
     monkeypatch.setattr(env.env, "_step", poisoned)
     got: list[Any] = []
     agent = Agent(3, 1, MODEL, AlgoConfig())
-    collector = Sync(env, agent, got.append, torch.Generator(), 4, 0, 0)
+    collector = Sync(Setup(env, agent, got.append, torch.Generator(), 4, 0, 0))
     with collector, pytest.raises(ObservationError, match="NaN"):
         collector.step()
     assert got == []

@@ -313,10 +313,48 @@ def test_a_run_folder_that_cannot_be_written(program: Program, tmp_path: Path) -
     assert "cannot be written" in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_and_exit(number: signal.Signals, code: int, toy_overrides: list[str]) -> None:
+def test_a_threaded_run_leaves_the_same_things(toy_overrides: list[str], capsys: Any) -> None:
+    args = [*toy_overrides, "collector=thread", "evaluation.video=false"]
+    assert main(compose(args)) == 0
+    assert "collector: thread (asked for)" in capsys.readouterr().out
+    run = folder(toy_overrides)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["frames"] == 960 and summary["evaluation"]["episodes"] == 12
+    rows = metrics(run)
+    # 768 frames after the random phase, of which two thirds are stored; at most the ratio, and at
+    # least its floor, less what may be ahead.
+    assert 0 < int(rows[-1]["updates"]) <= 768 * 2 / 3 * 0.5 / 32
+    header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"time/learner_waited", "time/collector_waited", "eval/return"} <= set(header)
+    assert main(compose([*args, "collector.total_frames=1440"])) == 0
+    assert int(metrics(run)[-1]["frames"]) == 1440
+
+
+def test_a_crash_in_the_collectors_thread_saves_and_ends_with_1(
+    toy_overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def crash(_: Any) -> Any:
+        raise RuntimeError("the simulation exploded")
+
+    args = [*toy_overrides, "collector=thread", "checkpoint.interval_frames=10000000"]
+    assert run_with(monkeypatch, args, 50, crash) == 1
+    said = capsys.readouterr().out
+    assert "the simulation exploded" in said and "saved at" in said
+    run = folder(toy_overrides)
+    assert 0 < checkpoint.read_meta(checkpoint.find(run))["frames"] <= 576
+    assert "in _run" in (run / "traceback.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "kind"),
+    [(signal.SIGINT, 130, "sync"), (signal.SIGTERM, 143, "sync"), (signal.SIGINT, 130, "thread")],
+)
+def test_signals_save_and_exit(
+    number: signal.Signals, code: int, kind: str, toy_overrides: list[str]
+) -> None:
     args = [
         *toy_overrides,
+        f"collector={kind}",
         "collector.total_frames=10000000",
         "checkpoint.interval_frames=10000000",
     ]
@@ -326,8 +364,10 @@ def test_signals_save_and_exit(number: signal.Signals, code: int, toy_overrides:
     process.send_signal(number)
     time.sleep(0.01)
     process.send_signal(number)  # as `timeout` does, to the program and then to its group
+    begin = time.monotonic()
     out, _ = process.communicate(timeout=30)
     assert process.returncode == code, out
+    assert time.monotonic() - begin < 5
     saved = checkpoint.read_meta(checkpoint.find(run))
     assert saved["frames"] == int(metrics(run)[-1]["frames"]) > 0
     assert json.loads((run / "summary.json").read_text())["exit_reason"] == number.name

@@ -104,20 +104,28 @@ class Agent(nn.Module):
         return belief, state, action
 
     @torch.no_grad()
-    def predict(self, carry: Carry, actions: Tensor) -> Tensor:
+    def predict(
+        self, carry: Carry, actions: Tensor, generator: torch.Generator, samples: int = 16
+    ) -> Tensor:
         """Open-loop prediction: the observations that `actions` are expected to lead to.
 
         Args:
             carry: belief and state at the start; its action is not used.
             actions: [N, T, A], the first one taken at the start.
+            samples: the prediction is the mean of so many sampled futures. (One future of modes
+                instead leaves what the networks have been trained on: an ant's error was 9 times
+                the data's spread after 50 steps.)
 
         Returns:
             [N, T, O], in the observation's units.
         """
-        belief, state = carry.belief, carry.state
+        belief, state = (x.repeat_interleave(samples, 0) for x in (carry.belief, carry.state))
         features = []
         for action in self.rssm.project_action(actions).unbind(1):
-            belief = self.rssm.core(belief, state, action)
-            state = self.rssm.mode(self.rssm.prior_logits(belief))
+            belief = self.rssm.core(belief, state, action.repeat_interleave(samples, 0))
+            shape = len(belief), self.rssm.categoricals
+            uniform = torch.rand(shape, generator=generator, device=belief.device)
+            state = self.rssm.draw(self.rssm.prior_logits(belief), uniform)
             features.append(torch.cat([belief, state], -1))
-        return self.decoder.decode(torch.stack(features, 1))
+        decoded = self.decoder.decode(torch.stack(features, 1))
+        return decoded.unflatten(0, (-1, samples)).mean(1)

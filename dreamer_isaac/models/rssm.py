@@ -227,11 +227,6 @@ class RSSM(nn.Module):
         """`draw` with the straight-through gradient of the probabilities."""
         return self.straight_through(self.draw(logits.detach(), uniform), self.probs(logits))
 
-    def mode(self, logits: Tensor) -> Tensor:
-        """The most likely state, one-hot, [..., S*K]."""
-        onehot = F.one_hot(logits.argmax(-1), self.classes).flatten(-2)
-        return self.straight_through(onehot, self.probs(logits))
-
     def straight_through(self, onehot: Tensor, probs: Tensor) -> Tensor:
         """[..., S*K] one-hot with the gradient of `probs` [..., S, K], in the networks' dtype."""
         flat = probs.flatten(-2)
