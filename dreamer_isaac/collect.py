@@ -541,14 +541,15 @@ class Thread(Collector):
             # On streams of their own on both devices, so that neither the simulator waits for the
             # learner's queue nor the learner for the simulator's.
             self._copy.wait_stream(torch.cuda.current_stream(self.env.device))
-            for tensor in (*batch.values(), totals):
+            sent: list[Any] = [*batch.values(), totals]
+            for tensor in sent:
                 tensor.record_stream(self._copy)
             with torch.cuda.stream(self._arrive), torch.cuda.stream(self._copy):
                 batch = batch.to(self.device, non_blocking=True)
                 totals = totals.to(self.device, non_blocking=True)
-            ready = self._arrive.record_event()
-            if self.device == self.env.device:  # nothing was copied: it is ready when made
-                ready = self._copy.record_event()
+            ready = torch.cuda.Event()
+            # On one device nothing was copied: it is ready when made.
+            ready.record(self._copy if self.device == self.env.device else self._arrive)
         begin = time.monotonic()
         parcel = _Parcel(batch, frames, totals, ready)
         while not self._stop.is_set():

@@ -404,8 +404,7 @@ class Learner:
         mean, std = agent.actor(features[:-1])
         entropy = agent.actor.entropy(std)
         policy = agent.actor.log_prob(mean, std, actions) * advantage + algo.entropy * entropy
-        critic = agent.critic.loss(logits, returns)
-        critic = critic + algo.slow_critic_scale * agent.critic.loss(logits, slow)
+        critic = agent.critic.loss(logits, returns, (slow, algo.slow_critic_scale))
         losses = {"actor": -(weight * policy).mean(), "critic": (weight * critic).mean()}
         metrics = {
             "imagined_reward": reward.mean(), "imagined_return": returns.mean(),
@@ -431,8 +430,7 @@ class Learner:
             discount = alive * (1 - 1 / algo.discount_horizon)
             target = lambda_return(reward, value, discount, lmbda)
             slow = agent.slow_critic.mean(agent.slow_critic(observed.features[:, :-1]))
-        loss = agent.critic.loss(logits, target)
-        return (loss + algo.slow_critic_scale * agent.critic.loss(logits, slow)).mean()
+        return agent.critic.loss(logits, target, (slow, algo.slow_critic_scale)).mean()
 
     # -- state ---------------------------------------------------------------------------------
 

@@ -1,9 +1,13 @@
 """Benchmarks: one JSON line a result.
 
     python scripts/bench.py learner [key=value ...]     one update, sampling and write-back included
+    python scripts/bench.py replay [key=value ...]      extend, sample and write-back on a full ring
+    python scripts/bench.py collect [key=value ...]     the collector alone, into the replay buffer
+    python scripts/bench.py pipeline [key=value ...]    collector alone, learner alone, and both
 
-The work is the configuration's (`experiment=bench_12m` is the size that others publish), on random
-data of the given widths. Times are medians over blocks of updates, after warm-up.
+The work is the configuration's (`experiment=bench_12m` is what others publish). `learner` and
+`replay` work on random data of the given widths, the others on the configured simulator. Times are
+medians over blocks, after warm-up.
 """
 
 from __future__ import annotations
@@ -47,78 +51,102 @@ def spread(values: list[float]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def learner(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time of one update, and of its parts where asked for."""
+def filled_replay(cfg: Any, widths: tuple[int, int], device: Any) -> Any:
+    """A full ring of random records, and the number of env steps in one `extend` (8)."""
+    import torch
+    from tensordict import TensorDict
+
+    from dreamer_isaac.replay import Replay
+
+    envs = cfg.env.num_envs - cfg.evaluation.num_envs
+    generator = torch.Generator(device=device).manual_seed(1)
+    replay = Replay(cfg.replay_buffer, envs, *widths, cfg.model, device, generator)
+    replay.check_memory()
+
+    def records(steps: int) -> TensorDict:
+        shape = (envs, steps)
+        flags = torch.rand(shape, device=device)
+        classes = (*shape, cfg.model.categoricals)
+        return TensorDict(
+            obs=torch.randn(*shape, widths[0], device=device), is_first=flags < 0.01,
+            action=torch.randn(*shape, widths[1], device=device).clamp(-1, 1),
+            reward=torch.randn(*shape, device=device), terminated=flags < 0.005,
+            truncated=(flags >= 0.005) & (flags < 0.01),
+            belief=torch.randn(*shape, cfg.model.belief, device=device),
+            state_index=torch.randint(cfg.model.classes, classes, device=device).to(torch.uint8),
+            version=torch.zeros(shape, dtype=torch.int32, device=device), batch_size=list(shape),
+        )  # fmt: skip
+
+    for _ in range(-(-replay.steps // 8)):
+        replay.extend(records(8))
+    return replay, records
+
+
+def timed(action: Any, wait: Any, count: int, blocks: int) -> list[float]:
+    """Milliseconds of one `action`, block by block."""
+    times = []
+    for _ in range(blocks):
+        begin = time.monotonic()
+        for _ in range(count):
+            action()
+        wait()
+        times.append(1000 * (time.monotonic() - begin) / count)
+    return times
+
+
+def prepared(arguments: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
+    """Configuration, torch, the device, and a function that waits for it."""
     from dreamer_isaac.cli import compose
 
     cfg = compose(arguments.overrides)
     import torch
-    from tensordict import TensorDict
-
-    from dreamer_isaac.learner import Learner
-    from dreamer_isaac.main import versions
-    from dreamer_isaac.models import Agent
-    from dreamer_isaac.replay import Replay
 
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    return cfg, torch, device, lambda: device.type == "cuda" and torch.cuda.synchronize(device)
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+
+def work(cfg: Any) -> dict[str, Any]:
+    """The work in numbers."""
+    rb, opt = cfg.replay_buffer, cfg.optimization
+    return {
+        "algo": cfg.algo.name, "size": cfg.model.size, "B": rb.batch_size // rb.batch_length,
+        "T": rb.batch_length, "H": cfg.algo.horizon, "autocast": opt.autocast,
+        "compile": opt.compile.enabled, "cudagraph": opt.compile.cudagraph,
+    }  # fmt: skip
+
+
+def learner(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time of one update."""
+    cfg, torch, device, wait = prepared(arguments)
+    from dreamer_isaac.learner import Learner
+    from dreamer_isaac.models import Agent
 
     torch.manual_seed(0)
     widths = arguments.observation, arguments.action
     agent = Agent(*widths, cfg.model, cfg.algo).to(device)
-    generators = [torch.Generator(device=device).manual_seed(i) for i in range(2)]
-    trainer = Learner(agent, cfg.algo, cfg.optimization, generators[0])
-    replay = Replay(cfg.replay_buffer, cfg.env.num_envs, *widths, cfg.model, device, generators[1])
-    shape = (cfg.env.num_envs, 256)
-    while len(replay) < replay.steps * cfg.env.num_envs:  # a full ring
-        draw = torch.randn
-        flags = torch.rand(shape, device=device)
-        replay.extend(
-            TensorDict(
-                obs=draw(*shape, widths[0], device=device), is_first=flags < 0.01,
-                action=draw(*shape, widths[1], device=device).clamp(-1, 1),
-                reward=draw(*shape, device=device), terminated=flags < 0.005,
-                truncated=(flags >= 0.005) & (flags < 0.01),
-                belief=draw(*shape, cfg.model.belief, device=device),
-                state_index=torch.randint(
-                    cfg.model.classes, (*shape, cfg.model.categoricals), device=device
-                ).to(torch.uint8),
-                version=torch.zeros(shape, dtype=torch.int32, device=device),
-                batch_size=list(shape),
-            )
-        )  # fmt: skip
+    generator = torch.Generator(device=device).manual_seed(0)
+    trainer = Learner(agent, cfg.algo, cfg.optimization, generator)
+    replay, _ = filled_replay(cfg, widths, device)
+    metrics: dict[str, Any] = {}
 
-    def update() -> dict[str, torch.Tensor]:
+    def update() -> None:
         batch = replay.sample()
-        metrics, latents = trainer.update(batch)
+        new, latents = trainer.update(batch)
+        metrics.update(new)
         replay.refresh(batch, latents)
-        return metrics
 
     begin = time.monotonic()
     update()
     wait()
     first, warm_up = process_seconds(), time.monotonic() - begin
-    for _ in range(10):
-        update()
-    wait()
-    times = []
-    for _ in range(arguments.blocks):
-        begin = time.monotonic()
-        for _ in range(arguments.updates):
-            metrics = update()
-        wait()
-        times.append(1000 * (time.monotonic() - begin) / arguments.updates)
+    timed(update, wait, 10, 1)
+    times = timed(update, wait, arguments.updates, arguments.blocks)
     trainer.check_finite()
     result = {
-        "bench": "learner", "work": {
-            "size": cfg.model.size, "parameters": sum(p.numel() for p in trainer.params.values()),
-            "B": replay.slices, "T": cfg.replay_buffer.batch_length, "H": cfg.algo.horizon,
+        "bench": "learner",
+        "work": work(cfg) | {
+            "parameters": sum(p.numel() for p in trainer.params.values()),
             "observation": widths[0], "action": widths[1],
-            "autocast": cfg.optimization.autocast, "compile": cfg.optimization.compile.enabled,
-            "cudagraph": cfg.optimization.compile.cudagraph,
         },
         "update_ms": spread(times),
         "transitions_per_second": round(1000 * cfg.replay_buffer.batch_size
@@ -130,7 +158,112 @@ def learner(arguments: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cuda":
         result["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
         result |= kernels(torch, update, wait, arguments.top)
-    return result | {"hardware": hardware(torch, device), "versions": versions()}
+    return result | {"hardware": hardware(torch, device)}
+
+
+def replay(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of extend (8 env steps), sample and write-back on a full ring."""
+    cfg, torch, device, wait = prepared(arguments)
+    from tensordict import TensorDict
+
+    buffer, records = filled_replay(cfg, (arguments.observation, arguments.action), device)
+    batch, new = buffer.sample(), records(8)
+    latents = TensorDict(
+        belief=batch["belief"][:, 1:].clone(), state_index=batch["state_index"][:, 1:].clone(),
+        batch_size=[len(batch), cfg.replay_buffer.batch_length],
+    )  # fmt: skip
+    result: dict[str, Any] = {"bench": "replay", "work": work(cfg) | {
+        "envs": buffer.envs, "records": buffer.steps * buffer.envs, "gib": round(buffer.gib, 2),
+    }}  # fmt: skip
+    for name, action in (
+        ("extend_ms", lambda: buffer.extend(new.clone())), ("sample_ms", buffer.sample),
+        ("refresh_ms", lambda: buffer.refresh(batch, latents)),
+    ):  # fmt: skip
+        timed(action, wait, 3, 1)
+        result[name] = spread(timed(action, wait, arguments.updates, arguments.blocks))
+    return result | {"hardware": hardware(torch, device)}
+
+
+def make_run(arguments: argparse.Namespace) -> Any:
+    """The parts of a training run, in a temporary folder."""
+    import contextlib
+    import tempfile
+    from pathlib import Path
+
+    from dreamer_isaac.cli import compose
+    from dreamer_isaac.launch import simulator
+
+    cfg = compose(["collector.total_frames=1000000000000", *arguments.overrides])
+    stack = contextlib.ExitStack()
+    stack.enter_context(simulator(cfg))
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    from dreamer_isaac.logger import Console
+    from dreamer_isaac.train import Run
+
+    return Run(cfg, folder, Console(folder / "log.txt"))
+
+
+def drive(run: Any, seconds: float, learn: bool, collect: bool = True) -> dict[str, float]:
+    """Run for `seconds` and report the rates."""
+    import torch
+
+    def wait() -> None:
+        for device in {run.sim_device, run.device}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+    wait()
+    frames = updates = 0
+    begin = time.monotonic()
+    while time.monotonic() - begin < seconds:
+        if collect:
+            frames += run.collector.step(wait=not learn)
+        if learn:
+            batch = run.replay.sample()
+            _, latents = run.learner.update(batch)
+            run.replay.refresh(batch, latents)
+            run.collector.publish(run.learner.updates)
+            updates += 1
+    wait()
+    spent = time.monotonic() - begin
+    return {"frames_per_second": frames / spent, "updates_per_second": updates / spent}
+
+
+def simulated(arguments: argparse.Namespace) -> dict[str, Any]:
+    """`collect` and `pipeline`."""
+    import torch
+
+    run = make_run(arguments)
+    cfg = run.cfg
+    result: dict[str, Any] = {"bench": arguments.what, "work": work(cfg) | {
+        "task": cfg.env.name, "envs": cfg.env.num_envs, "sim": str(run.sim_device),
+        "learn": str(run.device), "collector": type(run.collector).__name__,
+        "frames_per_batch": cfg.collector.frames_per_batch,
+    }}  # fmt: skip
+    run.collector.frames = cfg.collector.init_random_frames  # act with the policy from the start
+    phases = {"collect": (False, True)}
+    if arguments.what == "pipeline":
+        phases |= {"both": (True, True), "learn": (True, False)}
+    with run.collector:
+        while not run.replay.ready or len(run.replay) < cfg.collector.init_random_frames:
+            run.collector.step()
+        for name, (learn, collect) in phases.items():
+            if not collect:
+                run.collector.stop()
+            drive(run, 2.0 if not learn else 5.0, learn, collect)  # compiles, the first time
+            rates = [drive(run, arguments.seconds / arguments.blocks, learn, collect)
+                     for _ in range(arguments.blocks)]  # fmt: skip
+            for key in ("frames_per_second", "updates_per_second"):
+                values = [r[key] for r in rates]
+                if any(values):
+                    result[f"{name}/{key}"] = spread(values)
+    if arguments.what == "pipeline":
+        for key in ("frames_per_second", "updates_per_second"):
+            alone = "collect" if key[0] == "f" else "learn"
+            result[f"kept/{key}"] = round(
+                result[f"both/{key}"]["median"] / result[f"{alone}/{key}"]["median"], 4
+            )
+    return result | {"hardware": hardware(torch, run.device)}
 
 
 def kernels(torch: Any, update: Any, wait: Any, top: int) -> dict[str, Any]:
@@ -169,15 +302,20 @@ def kernels(torch: Any, update: Any, wait: Any, top: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["learner"])
+    parser.add_argument("what", choices=["learner", "replay", "collect", "pipeline"])
     parser.add_argument("overrides", nargs="*", help="key=value, as for dreamer_isaac.py")
     parser.add_argument("--observation", type=int, default=48)
     parser.add_argument("--action", type=int, default=12)
     parser.add_argument("--updates", type=int, default=100, help="in a block")
     parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of every phase")
     parser.add_argument("--top", type=int, default=0, help="list this many slowest kernels")
     arguments = parser.parse_intermixed_args()
-    result = {"learner": learner}[arguments.what](arguments)
+    call = {"learner": learner, "replay": replay, "collect": simulated, "pipeline": simulated}
+    result = call[arguments.what](arguments)
+    from dreamer_isaac.main import versions
+
+    result["versions"] = versions()
     result["command"] = "python scripts/bench.py " + " ".join(sys.argv[1:])
     print(json.dumps(result))
 

@@ -73,20 +73,24 @@ class TwoHotHead(nn.Module):
         """[..., bins] -> [...]: the expectation."""
         return self.twohot.decode(logits)
 
-    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Cross entropy with the two-hot target; [..., bins], [...] -> [...].
+    def loss(self, logits: Tensor, target: Tensor, *more: tuple[Tensor, float]) -> Tensor:
+        """Cross entropy with the two-hot target, and with `more` targets times their weights:
+        [..., bins], [...] -> [...].
 
         Equal to `SymExpTwoHot.loss`, without its [..., bins] comparison and dense target: the
         two bins around the target are found by bisection and only their log-probabilities read.
         """
         bins = self.twohot.get_buffer("bins")
-        target = target.clamp(bins[0], bins[-1]).contiguous()
-        lower = (torch.searchsorted(bins, target, right=True) - 1).clamp(0, len(bins) - 2)
-        weight = (target - bins[lower]) / (bins[lower + 1] - bins[lower])
         log = torch.log_softmax(logits, -1)
-        below = log.gather(-1, lower.unsqueeze(-1)).squeeze(-1)
-        above = log.gather(-1, lower.unsqueeze(-1) + 1).squeeze(-1)
-        return -((1 - weight) * below + weight * above)
+        total = torch.zeros_like(log[..., 0])
+        for value, scale in ((target, 1.0), *more):
+            value = value.clamp(bins[0], bins[-1]).contiguous()
+            lower = (torch.searchsorted(bins, value, right=True) - 1).clamp(0, len(bins) - 2)
+            weight = (value - bins[lower]) / (bins[lower + 1] - bins[lower])
+            below = log.gather(-1, lower.unsqueeze(-1)).squeeze(-1)
+            above = log.gather(-1, lower.unsqueeze(-1) + 1).squeeze(-1)
+            total = total - scale * ((1 - weight) * below + weight * above)
+        return total
 
 
 class ContinueHead(nn.Module):
