@@ -84,6 +84,7 @@ class Policy:
         agent: the acting networks, on the simulator's device.
         generator: its noise. bound: actions are clipped to [-bound, bound].
         deterministic: [N] bool: these rows take the policy's mean.
+        exploration: standard deviation of noise added to the other rows' actions.
         capture: replay one step as a CUDA graph. wrap: what is done to the networks' step first,
             e.g. `torch.compile`.
     """
@@ -94,11 +95,12 @@ class Policy:
         generator: torch.Generator,
         bound: float,
         deterministic: Tensor,
+        exploration: float = 0.0,
         capture: bool = False,
         wrap: Callable[[Any], Any] = lambda f: f,
     ):
         self.agent, self.generator, self.bound = agent, generator, bound
-        self.deterministic, self.capture = deterministic, capture
+        self.deterministic, self.exploration, self.capture = deterministic, exploration, capture
         self.carry = agent.initial_carry(len(deterministic))
         """Belief, state and executed action of the last step, changed in place."""
         self.random = torch.zeros((), dtype=torch.bool, device=deterministic.device)
@@ -124,12 +126,15 @@ class Policy:
     def _act(self, observation: Observation) -> None:
         envs, device = len(self.deterministic), self.deterministic.device
         options: dict[str, Any] = {"generator": self.generator, "device": device}
-        uniform = torch.rand(envs, self.agent.rssm.categoricals, **options)
+        noise = self.agent.draw_noise((envs,), self.generator)
         normal = torch.randn(envs, self.agent.action, **options)
         draw = (2 * torch.rand(envs, self.agent.action, **options) - 1) * self.bound
         belief, state, action = self._networks(
-            observation.obs, observation.is_first, self.carry, uniform, normal, self.deterministic
+            observation.obs, observation.is_first, self.carry, noise, normal, self.deterministic
         )
+        if self.exploration:
+            extra = self.exploration * torch.randn(envs, self.agent.action, **options)
+            action = torch.where(self.deterministic.unsqueeze(-1), action, action + extra)
         at_random = (self.random & ~self.deterministic).unsqueeze(-1)
         action = torch.where(at_random, draw, action).clamp(-self.bound, self.bound)
         for mine, new in zip(self.carry, (belief, state, action), strict=True):
@@ -164,7 +169,7 @@ class Setup:
         env: the simulator. agent: the learner's networks. sink: receives the records.
         generator: the policy's noise, on the env's device. steps: env steps per batch.
         random_frames: frames with uniform actions at first. eval_envs: deterministic rows.
-        capture, wrap: see `Policy`.
+        exploration, capture, wrap: see `Policy`.
     """
 
     env: SimEnv
@@ -174,6 +179,7 @@ class Setup:
     steps: int
     random_frames: int
     eval_envs: int = 0
+    exploration: float = 0.0
     capture: bool = False
     wrap: Callable[[Any], Any] = lambda f: f
 
@@ -194,7 +200,8 @@ class Collector:
         self.eval_stats = EpisodeStats(self.eval_envs, device)
         self.policy = Policy(
             agent, setup.generator, setup.env.action_bound,
-            torch.arange(envs, device=device) < setup.eval_envs, setup.capture, setup.wrap,
+            torch.arange(envs, device=device) < setup.eval_envs, setup.exploration, setup.capture,
+            setup.wrap,
         )  # fmt: skip
         self.observation: Observation | None = None
         self._read = torch.zeros(2, dtype=torch.float64)
@@ -258,7 +265,7 @@ class Collector:
         record = TensorDict(
             obs=obs, is_first=is_first, action=action, reward=outcome.reward,
             terminated=outcome.terminated, truncated=outcome.truncated, belief=belief,
-            state_index=self.policy.agent.rssm.compress(state),
+            state=self.policy.agent.rssm.compress(state),
             version=torch.full((envs,), self.version, dtype=torch.int32, device=obs.device),
             batch_size=[envs],
         )  # fmt: skip

@@ -141,7 +141,12 @@ class ReplayConfig:
 class ModelConfig:
     """Sizes of the networks; `size=` chooses a preset, single keys can be changed."""
 
-    size: Literal["tiny", "1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "12m"
+    size: Literal["tiny", "1m", "12m", "25m", "50m", "100m", "200m", "400m", "v1"] = "12m"
+    latent: Literal["categorical", "gaussian"] = "categorical"
+    """Stochastic state: categorical with two-hot heads (Dreamer V3) or gaussian with plain ELU
+    networks (V1)."""
+    gaussian: int = 30
+    """Components of the gaussian state."""
     belief: int = 2048
     """D: width of the deterministic state."""
     hidden: int = 256
@@ -167,9 +172,10 @@ class ModelConfig:
 
 @dataclass
 class AlgoConfig:
-    """DreamerV3's losses (Hafner et al. 2023, arXiv 2301.04104; defaults of its code)."""
+    """The losses. Defaults are DreamerV3's (Hafner et al. 2023, arXiv 2301.04104, and its code);
+    `algo=dreamer_v1` is a preset with the first Dreamer's (2019, arXiv 1912.01603)."""
 
-    name: Literal["dreamer_v3"] = "dreamer_v3"
+    name: Literal["dreamer_v3", "dreamer_v1"] = "dreamer_v3"
     horizon: int = 15
     """H: imagined steps."""
     discount_horizon: float = 333.0
@@ -198,6 +204,15 @@ class AlgoConfig:
     return_norm_high: float = 0.95
     return_norm_min: float = 1.0
     """The return's percentile range is never taken smaller than this."""
+    exploration_noise: float = 0.0
+    """Standard deviation of the noise added to the training rows' actions (V1: 0.3; V3's policy is
+    noisy by itself)."""
+    lr_actor: float = 8e-5
+    """V1 only: the actor's learning rate; `optimization.lr` is the world model's."""
+    lr_critic: float = 8e-5
+    """V1 only."""
+    grad_clip: float = 100.0
+    """V1 only: norm to which the gradients of model, actor and critic are clipped, each."""
     actor_min_std: float = 0.1
     actor_max_std: float = 1.0
 
@@ -458,6 +473,9 @@ def contradictions(cfg: Config) -> list[str]:
         return out
 
     need(0 <= opt.anneal <= 1, f"optimization.anneal={opt.anneal}: must be in [0, 1].")
+    need((cfg.algo.name == "dreamer_v1") == (cfg.model.latent == "gaussian"),
+         f"algo.name={cfg.algo.name} does not go with model.latent={cfg.model.latent}. Remedy: "
+         "algo=dreamer_v1 or algo=dreamer_v3, which set both.")  # fmt: skip
     need(cfg.algo.discount_horizon > 1, "algo.discount_horizon must be above 1 (steps).")
     need(0 <= cfg.model.unimix < 1, f"model.unimix={cfg.model.unimix}: must be in [0, 1).")
     need(

@@ -99,9 +99,9 @@ def play(
     longest = env.info.max_episode_length * rounds + 1
     obs, is_first = env.reset()
     for t in range(longest):
-        uniform = torch.rand(envs, agent.rssm.categoricals, generator=generator, device=device)
+        noise = agent.draw_noise((envs,), generator)
         normal = torch.zeros(envs, agent.action, device=device)
-        belief, state, action = agent.act(obs, is_first, carry, uniform, normal, greedy)
+        belief, state, action = agent.act(obs, is_first, carry, noise, normal, greedy)
         if cfg.policy == "random":
             draw = torch.rand(action.shape, generator=generator, device=device)
             action = (2 * draw - 1) * env.action_bound

@@ -43,7 +43,7 @@ from torch.nn import functional as F
 from dreamer_isaac.config import AlgoConfig, OptimizationConfig
 from dreamer_isaac.models import Agent
 from dreamer_isaac.models.recurrence import Recurrence
-from dreamer_isaac.optim import LaProp, flatten
+from dreamer_isaac.optim import FlatOptimizer, LaProp, flatten
 
 Batch = Mapping[str, Tensor]
 """Records [B, T+1] by name; see `Learner.update`."""
@@ -55,16 +55,17 @@ class NonFiniteError(RuntimeError):
 
 @dataclass
 class Noise:
-    """Every random number of one update, so that two learners can be fed the same."""
+    """Every random number of one update, so that two learners can be fed the same. Uniform for
+    categorical states, normal for gaussian ones; actions' noise is normal."""
 
     posterior: Tensor
-    """[T, B, S] uniform."""
+    """[T, B, S]"""
     arrival: Tensor
-    """[B, T, S] uniform, for the prior state that stands in at an episode's end."""
+    """[B, T, S], for the prior state that stands in at an episode's end."""
     prior: Tensor
-    """[H, B*T, S] uniform, imagined states."""
+    """[H, B*T, S], imagined states."""
     action: Tensor
-    """[H, B*T, A] normal, imagined actions."""
+    """[H, B*T, A], imagined actions."""
 
 
 class Observed(NamedTuple):
@@ -147,11 +148,8 @@ class Learner:
         self.net = copy.deepcopy(agent) if half else agent
         """The networks that the update runs: `agent`, or its copy in half precision."""
         self.working = flatten(self.net.parameters(), half) if half else self.flat
-        self.optimizer = LaProp(
-            self.params, optimization.lr, optimization.warmup_updates, optimization.agc,
-            flat=self.flat, sources=self.net.learned(), anneal=optimization.anneal,
-            wrap=wrap,
-        )  # fmt: skip
+        self.wrap = wrap
+        self.optimizer = self._make_optimizer(optimization)
         self._slow: list[Tensor] = list(agent.slow_critic.parameters())
         self._critic: list[Tensor] = list(agent.critic.parameters())
         self.device, self.dtype = self.flat.device, self.flat.dtype
@@ -161,15 +159,26 @@ class Learner:
         self.last_batch: dict[str, Tensor] | None = None
         """The batch of the last update, or of the first one that was not finite."""
         self.updates = 0
+        self._prepare()
+        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._capture = on_gpu[optimization.compile.cudagraph]
+        self._graphs: dict[Any, Captured] = {}
+        self._launched: list[torch.cuda.Event] = []
+
+    def _make_optimizer(self, optimization: OptimizationConfig) -> FlatOptimizer:
+        return LaProp(
+            self.params, optimization.lr, optimization.warmup_updates, optimization.agc,
+            flat=self.flat, sources=self.net.learned(), anneal=optimization.anneal, wrap=self.wrap,
+        )  # fmt: skip
+
+    def _prepare(self) -> None:
+        """The functions that are compiled."""
+        wrap = self.wrap
         self.recurrence = Recurrence(self.net.rssm, wrap)
         self._encode, self._finish = wrap(self._encode_), wrap(self._finish_)
         self._imagine_step = wrap(self._imagine_step_)
         self._model_total = wrap(self._model_total_)
         self._behaviour_total = wrap(self._behaviour_total_)
-        self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._capture = on_gpu[optimization.compile.cudagraph]
-        self._graphs: dict[Any, Captured] = {}
-        self._launched: list[torch.cuda.Event] = []
 
     # -- one update ----------------------------------------------------------------------------
 
@@ -178,12 +187,12 @@ class Learner:
 
         Args:
             batch: [B, T+1] with obs [.., O], is_first, action [.., A], reward, terminated,
-                truncated [..], belief [.., D] and state_index [.., S] (of which only the first
+                truncated [..], belief [.., D] and state [.., S] (of which only the first
                 record's are read).
 
         Returns:
             Scalar metrics on the device (nothing is read by the host), and the refreshed latents
-            of steps 1..T: belief [B, T, D] and state_index [B, T, S]. With a captured update both
+            of steps 1..T: belief [B, T, D] and state [B, T, S]. With a captured update both
             are valid until the next one.
         """
         fields = {k: batch[k] for k in FIELDS}
@@ -215,27 +224,37 @@ class Learner:
             self.working.copy_(self.flat)
         noise = self.draw_noise(batch["obs"].shape[0], batch["obs"].shape[1] - 1)
         self.optimizer.zero_grad()
-        observed = self.observe(batch, noise)
-        # Cut here: what is above the observed states is differentiated on its own, so that the
-        # world model's heads, forward and backward, can run beside the imagination.
-        cut = Observed(*(x.detach().requires_grad_() for x in observed))
-        with self._beside():
-            total, losses = self._model_total(batch, cut)
-            total.backward()
-        belief, state = cut.belief.detach().flatten(0, 1), cut.state.detach().flatten(0, 1)
-        features, actions = self.imagine(belief, state, noise)
-        self._join()
-        other, more, metrics = self._behaviour_total(batch, cut, features, actions)
-        other.backward()
-        torch.autograd.backward(list(observed), [x.grad for x in cut])
-        total, losses = (total + other).detach(), losses | more
+        total, losses, metrics, observed = self._gradients(batch, noise)
         norm = self.optimizer.step()
         self._move_slow_critic()
         self.finite.logical_and_(torch.isfinite(total) & torch.isfinite(norm))
         metrics = metrics | {f"loss/{k}": v.detach() for k, v in losses.items()}
         metrics |= {"loss/total": total, "grad_norm": norm}
-        state_index = self.agent.rssm.compress(observed.state.detach())
-        return metrics, {"belief": observed.belief.detach(), "state_index": state_index}
+        state = self.agent.rssm.compress(observed.state.detach())
+        return metrics, {"belief": observed.belief.detach(), "state": state}
+
+    def _gradients(
+        self, batch: Batch, noise: Noise
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Observed]:
+        """Leaves the gradients in `net`; returns the weighted loss, its terms, metrics, and the
+        observed pass."""
+        observed = self.observe(batch, noise)
+        # Cut here: what is above the observed states is differentiated on its own, so that the
+        # world model's heads, forward and backward, can run beside the imagination. Two cuts, or
+        # both streams would add to the same gradients.
+        cuts = [Observed(*(x.detach().requires_grad_() for x in observed)) for _ in range(2)]
+        with self._beside():
+            total, losses = self._model_total(batch, cuts[0])
+            total.backward()
+        belief, state = (x.detach().flatten(0, 1) for x in (observed.belief, observed.state))
+        features, actions = self.imagine(belief, state, noise)
+        self._join()
+        other, more, metrics = self._behaviour_total(batch, cuts[1], features, actions)
+        other.backward()
+        pairs = zip(*cuts, strict=True)
+        grads = [torch.stack([x.grad for x in pair if x.grad is not None]).sum(0) for pair in pairs]
+        torch.autograd.backward(list(observed), grads)
+        return (total + other).detach(), losses | more, metrics, observed
 
     def scales(self) -> dict[str, float]:
         """Weight of each loss term."""
@@ -296,7 +315,7 @@ class Learner:
         first = batch["is_first"][:, 1:].transpose(0, 1).unsqueeze(-1).contiguous()  # [T, B, 1]
         embedding, action, start = self._encode(obs, action)
         belief = batch["belief"][:, 0].to(rssm.dtype)
-        state = rssm.expand(batch["state_index"][:, 0])
+        state = rssm.expand(batch["state"][:, 0])
         unrolled = self.recurrence.unroll(
             belief, state, action, embedding, first, start, noise.posterior
         )
@@ -370,7 +389,7 @@ class Learner:
         agent, rssm = self.net, self.net.rssm
         belief, state = features.split([rssm.belief, rssm.state], -1)
         mean, std = agent.actor(features)
-        action = mean + std * normal
+        action = agent.actor.sample(mean, std, normal)
         belief = rssm.core(belief, state, rssm.project_action(action))
         state = rssm.draw(rssm.prior_logits(belief), uniform)
         out.copy_(torch.cat([belief, state], -1))
@@ -437,15 +456,16 @@ class Learner:
     def draw_noise(self, batch: int, length: int) -> Noise:
         """All random numbers of one update, in two calls."""
         rssm, algo = self.net.rssm, self.algo
-        steps, starts, sets = length * batch, length * batch, rssm.categoricals
-        sizes = [steps * sets, steps * sets, algo.horizon * starts * sets]
+        starts, width = length * batch, rssm.noise_width
+        sizes = [starts * width, starts * width, algo.horizon * starts * width]
         options: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
-        uniform = torch.rand(sum(sizes), generator=self.generator, **options).split(sizes)
+        make = torch.rand if rssm.noise == "uniform" else torch.randn
+        flat = make(sum(sizes), generator=self.generator, **options).split(sizes)
         shape = (algo.horizon, starts, self.agent.action)
         return Noise(
-            posterior=uniform[0].view(length, batch, sets),
-            arrival=uniform[1].view(batch, length, sets),
-            prior=uniform[2].view(algo.horizon, starts, sets),
+            posterior=flat[0].view(length, batch, width),
+            arrival=flat[1].view(batch, length, width),
+            prior=flat[2].view(algo.horizon, starts, width),
             action=torch.randn(shape, generator=self.generator, **options),
         )
 
@@ -505,7 +525,7 @@ class Learner:
                 self.return_high, self.finite]  # fmt: skip
 
 
-FIELDS = ("obs", "is_first", "action", "reward", "terminated", "belief", "state_index")
+FIELDS = ("obs", "is_first", "action", "reward", "terminated", "belief", "state")
 """The entries of a batch that an update reads."""
 
 

@@ -1,4 +1,4 @@
-"""LaProp with adaptive gradient clipping and linear warm-up: the optimiser of DreamerV3."""
+"""The optimisers on flat parameters: LaProp with adaptive gradient clipping, and Adam."""
 
 from __future__ import annotations
 
@@ -42,24 +42,14 @@ def views_of(flat: Tensor, parameters: list[Any], offsets: list[int]) -> list[Te
     return [flat[o : o + p.numel()].view(p.shape) for p, o in zip(parameters, offsets, strict=True)]
 
 
-class LaProp:
-    """Clip, scale by the root mean square, then average (Ziyin et al. 2020, arXiv 2002.04839).
-
-    Per tensor, with g the gradient and p the parameter::
-
-        g <- g / max(1, |g| / (agc * max(1e-3, |p|)))          # AGC, per tensor as the reference
-        v <- b2 v + (1 - b2) g^2
-        m <- b1 m + (1 - b1) g / (sqrt(v / (1 - b2^t)) + eps)
-        p <- p - lr * min(1, (t - 1) / warmup, (1 - progress) / anneal) * m / (1 - b1^t)
-
-    The counter t is a tensor, so a step needs no host value. TorchRL's `DreamerV3Optimizer` has
-    the same arithmetic (tests/test_optim.py holds the two together) with the counter on the host.
+class FlatOptimizer:
+    """What the optimisers share: gradients of many parameters in, one flat step out.
 
     Args:
-        warmup: updates over which the learning rate rises. anneal: the part of the run, at its end,
-            over which it falls to 0; the run's `progress` (0 to 1) is a tensor that its owner sets.
         params: name -> parameter; names label the state in checkpoints. They become views of one
             flat tensor, `flat`, unless `flat` is given and they are already.
+        warmup: updates over which the learning rate rises. anneal: the part of the run, at its end,
+            over which it falls to 0; the run's `progress` (0 to 1) is a tensor that its owner sets.
         sources: name -> the parameter whose gradient is applied, where that is not the parameter
             itself but its copy in a lower precision.
         wrap: what is done to the arithmetic, e.g. `torch.compile`.
@@ -68,19 +58,14 @@ class LaProp:
     def __init__(
         self,
         params: dict[str, nn.Parameter],
-        lr: float,
         warmup: int,
-        agc: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-20,
+        anneal: float = 0.0,
         flat: Tensor | None = None,
         sources: dict[str, nn.Parameter] | None = None,
-        anneal: float = 0.0,
         wrap: Callable[[Any], Any] = lambda f: f,
     ):
         self.params, self.sources = params, sources or params
-        self.lr, self.warmup, self.agc, self.betas, self.eps = lr, warmup, agc, betas, eps
-        self.anneal = anneal
+        self.warmup, self.anneal = warmup, anneal
         parameters = list(params.values())
         offsets, length = offsets_of(parameters)
         self.flat = (flatten(parameters) if flat is None else flat)[:length]
@@ -93,6 +78,7 @@ class LaProp:
         self.segment = torch.repeat_interleave(index, sizes).to(self.flat.device)
         """Which parameter every element of `flat` belongs to."""
         self.progress = torch.zeros((), device=self.flat.device, dtype=torch.float64)
+        # The counter is a tensor, so a step needs no host value.
         self.step_count = torch.zeros((), device=self.flat.device, dtype=torch.float64)
         self._apply = wrap(self._arithmetic)
 
@@ -119,19 +105,14 @@ class LaProp:
         self, norms: Tensor, limits: Tensor, flat: Tensor, grad: Tensor, square: Tensor,
         momentum: Tensor, segment: Tensor, t: Tensor, progress: Tensor,
     ) -> Tensor:  # fmt: skip
-        beta1, beta2 = self.betas
-        t += 1
-        divisor = (norms / (self.agc * limits.clamp_min(1e-3))).clamp_min(1)
-        clipped = grad / divisor[segment]
-        square.mul_(beta2).addcmul_(clipped, clipped, value=1 - beta2)
-        root = (square / (1 - beta2**t).to(flat.dtype)).sqrt() + self.eps
-        momentum.lerp_(clipped / root, 1 - beta1)
+        raise NotImplementedError
+
+    def _share(self, t: Tensor, progress: Tensor) -> Tensor:
+        """The part of the learning rate that applies at update t."""
         share = ((t - 1) / self.warmup).clamp_max(1.0) if self.warmup else torch.ones_like(t)
         if self.anneal:
             share = torch.minimum(share, ((1 - progress) / self.anneal).clamp_min(0.0))
-        size = (self.lr * share / (1 - beta1**t)).to(flat.dtype)
-        flat.sub_(momentum * size)
-        return norms.square().sum().sqrt()
+        return share
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -159,3 +140,76 @@ class LaProp:
         for mine, theirs in ((self._squares, state["square"]), (self._momenta, state["momentum"])):
             for a, b in zip(mine, theirs.values(), strict=True):
                 a.copy_(b)
+
+
+class LaProp(FlatOptimizer):
+    """Clip, scale by the root mean square, then average (Ziyin et al. 2020, arXiv 2002.04839).
+
+    Per tensor, with g the gradient and p the parameter::
+
+        g <- g / max(1, |g| / (agc * max(1e-3, |p|)))          # AGC, per tensor as the reference
+        v <- b2 v + (1 - b2) g^2
+        m <- b1 m + (1 - b1) g / (sqrt(v / (1 - b2^t)) + eps)
+        p <- p - lr * min(1, (t - 1) / warmup, (1 - progress) / anneal) * m / (1 - b1^t)
+
+    TorchRL's `DreamerV3Optimizer` has the same arithmetic (tests/test_optim.py holds the two
+    together) with the counter on the host.
+    """
+
+    def __init__(
+        self, params: dict[str, nn.Parameter], lr: float, warmup: int, agc: float,
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-20, **shared: Any,
+    ):  # fmt: skip
+        self.lr, self.agc, self.betas, self.eps = lr, agc, betas, eps
+        super().__init__(params, warmup, **shared)
+
+    def _arithmetic(
+        self, norms: Tensor, limits: Tensor, flat: Tensor, grad: Tensor, square: Tensor,
+        momentum: Tensor, segment: Tensor, t: Tensor, progress: Tensor,
+    ) -> Tensor:  # fmt: skip
+        beta1, beta2 = self.betas
+        t += 1
+        divisor = (norms / (self.agc * limits.clamp_min(1e-3))).clamp_min(1)
+        clipped = grad / divisor[segment]
+        square.mul_(beta2).addcmul_(clipped, clipped, value=1 - beta2)
+        root = (square / (1 - beta2**t).to(flat.dtype)).sqrt() + self.eps
+        momentum.lerp_(clipped / root, 1 - beta1)
+        size = (self.lr * self._share(t, progress) / (1 - beta1**t)).to(flat.dtype)
+        flat.sub_(momentum * size)
+        return norms.square().sum().sqrt()
+
+
+class GroupAdam(FlatOptimizer):
+    """Adam (Kingma and Ba 2014) with a learning rate and a clipped gradient norm per group.
+
+    Args:
+        groups: for every parameter, in order, the number of its group.
+        lrs: learning rate of every group. clip: norm that a group's gradient is clipped to, as
+            torch.nn.utils.clip_grad_norm_ does it.
+    """
+
+    def __init__(
+        self, params: dict[str, nn.Parameter], groups: list[int], lrs: list[float], clip: float,
+        warmup: int = 0, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        **shared: Any,
+    ):  # fmt: skip
+        self.clip, self.betas, self.eps = clip, betas, eps
+        super().__init__(params, warmup, **shared)
+        self.groups = torch.tensor(groups, device=self.flat.device)
+        self.lrs = torch.tensor(lrs, device=self.flat.device, dtype=torch.float64)
+
+    def _arithmetic(
+        self, norms: Tensor, limits: Tensor, flat: Tensor, grad: Tensor, square: Tensor,
+        momentum: Tensor, segment: Tensor, t: Tensor, progress: Tensor,
+    ) -> Tensor:  # fmt: skip
+        beta1, beta2 = self.betas
+        t += 1
+        squares = torch.zeros_like(self.lrs).to(norms.dtype).index_add(0, self.groups, norms**2)
+        scale = (self.clip / (squares.sqrt() + 1e-6)).clamp_max(1)[self.groups]
+        clipped = grad * scale[segment]
+        square.mul_(beta2).addcmul_(clipped, clipped, value=1 - beta2)
+        momentum.lerp_(clipped, 1 - beta1)
+        root = (square / (1 - beta2**t).to(flat.dtype)).sqrt() + self.eps
+        size = self.lrs[self.groups] * self._share(t, progress) / (1 - beta1**t)
+        flat.sub_(momentum / root * size.to(flat.dtype)[segment])
+        return squares.sum().sqrt()

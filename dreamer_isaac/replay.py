@@ -76,7 +76,8 @@ class RingSliceSampler(Sampler):
 def record_bytes(observation: int, action: int, model: ModelConfig) -> int:
     """Bytes of one stored record."""
     floats = observation + action + 1 + model.belief
-    return 4 * floats + 3 + model.categoricals + 8
+    state = 4 * model.gaussian if model.latent == "gaussian" else model.categoricals
+    return 4 * floats + 3 + state + 12  # three flags, the version and the serial number
 
 
 class Replay:
@@ -163,7 +164,7 @@ class Replay:
         """Write the latents of steps 1..T of the batch sampled last back to its records.
 
         Args:
-            batch: as `sample` returned it. latents: [B, T] belief and state_index.
+            batch: as `sample` returned it. latents: [B, T] belief and state.
 
         A record that has been overwritten since is left alone: its serial number differs.
         """

@@ -17,8 +17,9 @@ import torch
 from dreamer_isaac import checkpoint, cli
 from dreamer_isaac.checkpoint import Checkpoints
 from dreamer_isaac.collect import Collector, CollectorError, Setup, Sync, Thread
-from dreamer_isaac.config import Config, ConfigError, to_dict
+from dreamer_isaac.config import AlgoConfig, Config, ConfigError, to_dict
 from dreamer_isaac.learner import Learner, NonFiniteError, as_it_is, compile_function
+from dreamer_isaac.learner_v1 import LearnerV1
 from dreamer_isaac.logger import Console, Logger, duration
 from dreamer_isaac.main import (
     devices,
@@ -111,6 +112,11 @@ class StopSignal:
                 signal.signal(s, old)
 
 
+def learner_class(algo: AlgoConfig) -> type[Learner]:
+    """Who trains with these losses."""
+    return {"dreamer_v3": Learner, "dreamer_v1": LearnerV1}[algo.name]
+
+
 class Run:
     """All parts of one training run; `state`/`restore` are its checkpoint."""
 
@@ -128,7 +134,7 @@ class Run:
             for i, d in enumerate((self.sim_device, self.device, self.device))
         ]
         info, train_envs = self.env.info, cfg.env.num_envs - cfg.evaluation.num_envs
-        self.learner = Learner(
+        self.learner = learner_class(cfg.algo)(
             self.agent, cfg.algo, cfg.optimization, generators[1],
             cfg.algo.reward_multiplier or 1 / info.step_dt,
         )  # fmt: skip
@@ -155,7 +161,8 @@ class Run:
         setup = Setup(
             self.env, self.agent, self.replay.extend, generator,
             cfg.collector.frames_per_batch // cfg.env.num_envs, cfg.collector.init_random_frames,
-            cfg.evaluation.num_envs, on_gpu and compiled[cfg.optimization.compile.cudagraph],
+            cfg.evaluation.num_envs, cfg.algo.exploration_noise,
+            on_gpu and compiled[cfg.optimization.compile.cudagraph],
             compile_function if on_gpu and compiled[cfg.optimization.compile.enabled] else as_it_is,
         )  # fmt: skip
         kind, why = cfg.collector.kind, "asked for"

@@ -73,7 +73,7 @@ def filled_replay(cfg: Any, widths: tuple[int, int], device: Any) -> Any:
             reward=torch.randn(*shape, device=device), terminated=flags < 0.005,
             truncated=(flags >= 0.005) & (flags < 0.01),
             belief=torch.randn(*shape, cfg.model.belief, device=device),
-            state_index=torch.randint(cfg.model.classes, classes, device=device).to(torch.uint8),
+            state=torch.randint(cfg.model.classes, classes, device=device).to(torch.uint8),
             version=torch.zeros(shape, dtype=torch.int32, device=device), batch_size=list(shape),
         )  # fmt: skip
 
@@ -118,14 +118,14 @@ def work(cfg: Any) -> dict[str, Any]:
 def learner(arguments: argparse.Namespace) -> dict[str, Any]:
     """Time of one update."""
     cfg, torch, device, wait = prepared(arguments)
-    from dreamer_isaac.learner import Learner
     from dreamer_isaac.models import Agent
+    from dreamer_isaac.train import learner_class
 
     torch.manual_seed(0)
     widths = arguments.observation, arguments.action
     agent = Agent(*widths, cfg.model, cfg.algo).to(device)
     generator = torch.Generator(device=device).manual_seed(0)
-    trainer = Learner(agent, cfg.algo, cfg.optimization, generator)
+    trainer = learner_class(cfg.algo)(agent, cfg.algo, cfg.optimization, generator)
     replay, _ = filled_replay(cfg, widths, device)
     metrics: dict[str, Any] = {}
 
@@ -169,7 +169,7 @@ def replay(arguments: argparse.Namespace) -> dict[str, Any]:
     buffer, records = filled_replay(cfg, (arguments.observation, arguments.action), device)
     batch, new = buffer.sample(), records(8)
     latents = TensorDict(
-        belief=batch["belief"][:, 1:].clone(), state_index=batch["state_index"][:, 1:].clone(),
+        belief=batch["belief"][:, 1:].clone(), state=batch["state"][:, 1:].clone(),
         batch_size=[len(batch), cfg.replay_buffer.batch_length],
     )  # fmt: skip
     result: dict[str, Any] = {"bench": "replay", "work": work(cfg) | {

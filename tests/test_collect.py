@@ -139,7 +139,7 @@ def test_thread_equals_sync_with_unchanged_weights() -> None:
         for _ in range(6):
             other.step()
     a, b = torch.cat(got, 1), torch.cat(expected, 1)
-    for name in ("obs", "action", "reward", "is_first", "belief", "state_index"):
+    for name in ("obs", "action", "reward", "is_first", "belief", "state"):
         assert torch.equal(a[name], b[name]), name
     assert {k: v for k, v in stats.items() if "time" not in k} == other.read_stats()
 

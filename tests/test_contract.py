@@ -100,7 +100,7 @@ def test_latents_in_a_record_are_the_posterior_after_its_own_observation() -> No
     row = records[1]
     with torch.no_grad():
         for t in range(1, 40):
-            state = rssm.expand(row["state_index"][t - 1 : t])
+            state = rssm.expand(row["state"][t - 1 : t])
             raw = rssm.core(
                 row["belief"][t - 1 : t], state, rssm.project_action(row["action"][t - 1 : t])
             )

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dreamer_isaac"
 LAYERS = [
     {"config", "launch"},
     {"envs", "models", "replay", "checkpoint", "logger", "optim"},
-    {"learner", "collect", "evaluate"},
+    {"learner", "learner_v1", "collect", "evaluate"},
     {"main", "train", "cli"},
 ]
 # cli composes the configuration (bottom) and starts main (top), which dumps the configuration.

@@ -76,7 +76,7 @@ def make_batch(seed: int = 0) -> TensorDict:
         obs=3 * draw(B, T + 1, O), action=draw(B, T + 1, A).clamp(-1, 1), reward=draw(B, T + 1),
         is_first=flags.clone(), terminated=flags.clone(), truncated=flags.clone(),
         belief=draw(B, T + 1, D), batch_size=[B, T + 1],
-        state_index=torch.randint(K, (B, T + 1, S), generator=g, dtype=torch.uint8),
+        state=torch.randint(K, (B, T + 1, S), generator=g, dtype=torch.uint8),
     )  # fmt: skip
 
 
@@ -285,7 +285,7 @@ def test_losses_and_gradients_equal_torchrl(monkeypatch: pytest.MonkeyPatch) -> 
 
     # TorchRL's record t holds action[t] and what it led to under "next"; equal initial latents.
     sample = TensorDict(
-        state=agent.rssm.expand(batch["state_index"][:, :-1]), belief=batch["belief"][:, :-1],
+        state=agent.rssm.expand(batch["state"][:, :-1]), belief=batch["belief"][:, :-1],
         action=batch["action"][:, :-1], is_init=torch.zeros(B, T, 1, dtype=torch.bool),
         next=TensorDict(
             obs=batch["obs"][:, 1:], reward=batch["reward"][:, :-1].unsqueeze(-1),
@@ -448,7 +448,7 @@ def test_update_learns_and_reports() -> None:
         metrics, latents = learner.update(batch)
     assert metrics["loss/reconstruction"] < 0.7 * first["loss/reconstruction"]
     assert metrics["loss/reward"] < 0.9 * first["loss/reward"]
-    assert latents["belief"].shape == (B, T, D) and latents["state_index"].dtype == torch.uint8
+    assert latents["belief"].shape == (B, T, D) and latents["state"].dtype == torch.uint8
     learner.check_finite()
 
 

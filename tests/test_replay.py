@@ -23,7 +23,7 @@ def records(start: int, count: int) -> TensorDict:
     mark = 1000.0 * torch.arange(ENVS)[:, None] + torch.arange(start, start + count)
     return TensorDict(
         obs=mark.unsqueeze(-1), belief=torch.zeros(ENVS, count, 2),
-        state_index=torch.zeros(ENVS, count, 2, dtype=torch.uint8), batch_size=[ENVS, count],
+        state=torch.zeros(ENVS, count, 2, dtype=torch.uint8), batch_size=[ENVS, count],
     )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def test_latents_return_to_their_records() -> None:
     new = batch["obs"][:, 1:]
     latents = TensorDict(
         belief=new.expand(-1, -1, 2).clone(),
-        state_index=torch.full((8, LENGTH, 2), 2, dtype=torch.uint8), batch_size=[8, LENGTH],
+        state=torch.full((8, LENGTH, 2), 2, dtype=torch.uint8), batch_size=[8, LENGTH],
     )  # fmt: skip
     replay.refresh(batch, latents)
     refreshed = {int(x) for x in new.flatten()}
@@ -65,7 +65,7 @@ def test_latents_return_to_their_records() -> None:
             mark = int(stored["obs"][t, e, 0])
             expected = float(mark) if mark in refreshed else 0.0
             assert stored["belief"][t, e].tolist() == [expected, expected]
-            assert stored["state_index"][t, e].tolist() == ([2, 2] if mark in refreshed else [0, 0])
+            assert stored["state"][t, e].tolist() == ([2, 2] if mark in refreshed else [0, 0])
 
 
 def test_overwritten_records_are_not_refreshed() -> None:
@@ -76,7 +76,7 @@ def test_overwritten_records_are_not_refreshed() -> None:
     replay.extend(fill_again)  # every sampled record is gone now
     latents = TensorDict(
         belief=torch.ones(8, LENGTH, 2), batch_size=[8, LENGTH],
-        state_index=torch.ones(8, LENGTH, 2, dtype=torch.uint8),
+        state=torch.ones(8, LENGTH, 2, dtype=torch.uint8),
     )  # fmt: skip
     replay.refresh(batch, latents)
     assert not replay._tensors()["belief"].any()

@@ -20,6 +20,7 @@ import torch
 from dreamer_isaac import checkpoint, train
 from dreamer_isaac.checkpoint import CheckpointError, Checkpoints
 from dreamer_isaac.cli import compose
+from dreamer_isaac.config import ConfigError
 from dreamer_isaac.envs.toy import PointEnv
 from dreamer_isaac.main import main
 from dreamer_isaac.train import Limiter
@@ -328,6 +329,29 @@ def test_a_threaded_run_leaves_the_same_things(toy_overrides: list[str], capsys:
     assert {"time/learner_waited", "time/collector_waited", "eval/return"} <= set(header)
     assert main(compose([*args, "collector.total_frames=1440"])) == 0
     assert int(metrics(run)[-1]["frames"]) == 1440
+
+
+V1 = ["algo=dreamer_v1", "model.belief=12", "model.hidden=12", "model.units=16", "model.gaussian=4"]
+
+
+def test_dreamer_v1_trains_resumes_and_is_evaluated(toy_overrides: list[str]) -> None:
+    args = [*toy_overrides, *V1, *EXACT, "evaluation.final=false", "evaluation.video=false"]
+    assert main(compose(args)) == 0
+    run = folder(toy_overrides)
+    parts = [*args, f"run.dir={run.parent / 'parts'}"]
+    for total in (480, 960):
+        assert main(compose([*parts, f"collector.total_frames={total}"])) == 0
+    assert_same_run(run, run.parent / "parts")
+    evaluate = [f"run.dir={run.parent / 'evaluation'}", "env.backend=toy", "env.num_envs=4",
+                "evaluation.num_envs=0", "mode=evaluate", f"checkpoint={run}"]  # fmt: skip
+    assert main(compose(evaluate)) == 0
+    summary = json.loads((run.parent / "evaluation" / "summary.json").read_text())
+    assert summary["evaluation"]["episodes"] >= 64
+
+
+def test_networks_and_losses_of_two_algorithms_are_not_mixed(toy_overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match="algo=dreamer_v1 or algo=dreamer_v3"):
+        compose([*toy_overrides, "algo.name=dreamer_v1"])
 
 
 def test_a_crash_in_the_collectors_thread_saves_and_ends_with_1(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dreamer_isaac.config import AlgoConfig, ModelConfig
+from dreamer_isaac.models.gaussian import GaussianRSSM
 from dreamer_isaac.models.heads import (
     Actor,
     ContinueHead,
+    PlainDecoder,
+    PlainEncoder,
+    ScalarHead,
+    TanhActor,
     TwoHotHead,
     VectorDecoder,
     VectorEncoder,
@@ -37,32 +42,59 @@ class Agent(nn.Module):
         observation: O, components of the observation. action: A, components of the action.
     """
 
+    # Two families of networks with the same interfaces (rssm.py, gaussian.py, heads.py).
+    encoder: Any
+    rssm: Any
+    decoder: Any
+    reward: Any
+    continuation: Any
+    actor: Any
+    critic: Any
+    slow_critic: Any
+
     def __init__(self, observation: int, action: int, model: ModelConfig, algo: AlgoConfig):
         super().__init__()
         self.observation, self.action = observation, action
-        self.encoder = VectorEncoder(observation, model.units, model.encoder_layers)
-        self.rssm = RSSM(
-            action, self.encoder.width, model.belief, model.hidden, model.categoricals,
-            model.classes, model.blocks, model.unimix,
-        )  # fmt: skip
-        features = self.features = model.belief + self.rssm.state
         units = model.units
-        self.decoder = VectorDecoder(features, observation, units, model.decoder_layers)
-        self.reward = TwoHotHead(features, units, model.head_layers, model.bins)
-        self.continuation = ContinueHead(features, units, model.head_layers)
-        self.actor = Actor(
-            features, action, units, model.actor_layers, algo.actor_min_std, algo.actor_max_std
-        )
-        self.critic = TwoHotHead(features, units, model.critic_layers, model.bins)
+        if model.latent == "gaussian":
+            self.encoder = PlainEncoder(observation, units, model.encoder_layers)
+            self.rssm = GaussianRSSM(
+                action, self.encoder.width, model.belief, model.hidden, model.gaussian
+            )
+            features = self.features = model.belief + self.rssm.state
+            self.decoder = PlainDecoder(features, observation, units, model.decoder_layers)
+            self.reward = ScalarHead(features, units, model.head_layers)
+            self.continuation = None
+            self.actor = TanhActor(features, action, units, model.actor_layers)
+            self.critic = ScalarHead(features, units, model.critic_layers)
+        else:
+            self.encoder = VectorEncoder(observation, units, model.encoder_layers)
+            self.rssm = RSSM(
+                action, self.encoder.width, model.belief, model.hidden, model.categoricals,
+                model.classes, model.blocks, model.unimix,
+            )  # fmt: skip
+            features = self.features = model.belief + self.rssm.state
+            self.decoder = VectorDecoder(features, observation, units, model.decoder_layers)
+            self.reward = TwoHotHead(features, units, model.head_layers, model.bins)
+            self.continuation = ContinueHead(features, units, model.head_layers)
+            self.actor = Actor(
+                features, action, units, model.actor_layers, algo.actor_min_std, algo.actor_max_std
+            )
+            self.critic = TwoHotHead(features, units, model.critic_layers, model.bins)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
     def learned(self) -> dict[str, nn.Parameter]:
         """The parameters that the optimiser updates (not the slow critic's), by name."""
         return {k: p for k, p in self.named_parameters() if p.requires_grad}
 
+    def draw_noise(self, lead: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """What one draw of the stochastic state takes: [*lead, S]."""
+        make = torch.rand if self.rssm.noise == "uniform" else torch.randn
+        return make(*lead, self.rssm.noise_width, generator=generator, device=generator.device)
+
     def initial_carry(self, envs: int) -> Carry:
         """Zeros; `act` replaces them where `is_first`."""
-        zeros = self.rssm.posterior_in.weight.new_zeros
+        zeros = next(self.parameters()).new_zeros
         return Carry(
             zeros(envs, self.rssm.belief), zeros(envs, self.rssm.state), zeros(envs, self.action)
         )
@@ -78,7 +110,7 @@ class Agent(nn.Module):
         observation: Tensor,
         is_first: Tensor,
         carry: Carry,
-        uniform: Tensor,
+        noise: Tensor,
         normal: Tensor,
         deterministic: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +118,7 @@ class Agent(nn.Module):
 
         Args:
             observation: [N, O]. is_first: [N] bool. carry: after the last step.
-            uniform: [N, S] noise of the posterior. normal: [N, A] noise of the policy.
+            noise: [N, S] of the posterior, from `draw_noise`. normal: [N, A] of the policy.
             deterministic: [N] bool; these rows take the policy's mean. The posterior is sampled
                 for every row, as in the reference: the networks have only seen samples, and its
                 mode as a state played far worse (cartpole: 1.3 where samples gave 4.9).
@@ -98,9 +130,10 @@ class Agent(nn.Module):
         embedding = self.rssm.project_embedding(self.encoder(observation))
         belief = self.belief_step(carry, is_first)
         logits = self.rssm.posterior_logits(belief, embedding)
-        state = self.rssm.draw(logits, uniform)
+        state = self.rssm.draw(logits, noise)
         mean, std = self.actor(torch.cat([belief, state], -1))
-        action = torch.where(deterministic.unsqueeze(-1), mean, mean + std * normal)
+        greedy, sampled = self.actor.mode(mean), self.actor.sample(mean, std, normal)
+        action = torch.where(deterministic.unsqueeze(-1), greedy, sampled)
         return belief, state, action
 
     @torch.no_grad()
@@ -123,9 +156,8 @@ class Agent(nn.Module):
         features = []
         for action in self.rssm.project_action(actions).unbind(1):
             belief = self.rssm.core(belief, state, action.repeat_interleave(samples, 0))
-            shape = len(belief), self.rssm.categoricals
-            uniform = torch.rand(shape, generator=generator, device=belief.device)
-            state = self.rssm.draw(self.rssm.prior_logits(belief), uniform)
+            noise = self.draw_noise((len(belief),), generator)
+            state = self.rssm.draw(self.rssm.prior_logits(belief), noise)
             features.append(torch.cat([belief, state], -1))
         decoded = self.decoder.decode(torch.stack(features, 1))
         return decoded.unflatten(0, (-1, samples)).mean(1)

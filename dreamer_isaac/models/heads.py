@@ -10,7 +10,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torchrl.modules import DreamerV3MLP, SymExpTwoHot
+from torch.nn import functional as F
+from torchrl.modules import MLP, DreamerV3MLP, SymExpTwoHot
 
 from dreamer_isaac.models.rssm import full
 
@@ -124,6 +125,16 @@ class Actor(nn.Module):
         return torch.tanh(mean), std
 
     @staticmethod
+    def sample(mean: Tensor, std: Tensor, normal: Tensor) -> Tensor:
+        """The action that `normal` [..., A] leads to."""
+        return mean + std * normal
+
+    @staticmethod
+    def mode(mean: Tensor) -> Tensor:
+        """The action without noise."""
+        return mean
+
+    @staticmethod
     def log_prob(mean: Tensor, std: Tensor, action: Tensor) -> Tensor:
         """log-density of `action`, summed over A: [...]."""
         normal = ((action - mean) / std).square() / 2 + std.log() + math.log(2 * math.pi) / 2
@@ -133,3 +144,81 @@ class Actor(nn.Module):
     def entropy(std: Tensor) -> Tensor:
         """Entropy summed over A: [...]."""
         return (std.log() + (1 + math.log(2 * math.pi)) / 2).sum(-1)
+
+
+# -- the first Dreamer's ---------------------------------------------------------------------------
+
+
+def elu_mlp(inputs: int, outputs: int, units: int, layers: int) -> MLP:
+    """Plain layers with ELU, as the first Dreamer has them."""
+    return MLP(inputs, outputs, depth=layers, num_cells=units, activation_class=nn.ELU)
+
+
+class PlainEncoder(nn.Module):
+    """[..., O] observations -> [..., U] embedding."""
+
+    def __init__(self, observation: int, units: int, layers: int):
+        super().__init__()
+        self.net = elu_mlp(observation, units, units, layers)
+        self.width = units
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return self.net(observation.to(next(self.parameters()).dtype))
+
+
+class PlainDecoder(nn.Module):
+    """[..., F] features -> [..., O] prediction of the observation."""
+
+    def __init__(self, features: int, observation: int, units: int, layers: int):
+        super().__init__()
+        self.net = elu_mlp(features, observation, units, layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return full(self.net(features))
+
+    @staticmethod
+    def loss(prediction: Tensor, observation: Tensor) -> Tensor:
+        """Squared error, summed over O: [..., O] -> [...]."""
+        return (prediction - observation).square().sum(-1)
+
+    def decode(self, features: Tensor) -> Tensor:
+        return self(features)
+
+
+class ScalarHead(nn.Module):
+    """[..., F] features -> [...]: a number, trained by its squared error."""
+
+    def __init__(self, features: int, units: int, layers: int):
+        super().__init__()
+        self.net = elu_mlp(features, 1, units, layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return full(self.net(features)).squeeze(-1)
+
+
+class TanhActor(nn.Module):
+    """Normal policy squashed by tanh; std = softplus(. + 5's inverse), at least 1e-4.
+
+    As TorchRL's `DreamerActor` with its `biased_softplus_5.0_0.0001`: a standard deviation of 5
+    where the network says 0.
+    """
+
+    BIAS, MIN_STD = 5.0, 1e-4
+
+    def __init__(self, features: int, action: int, units: int, layers: int):
+        super().__init__()
+        self.net = elu_mlp(features, 2 * action, units, layers)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., F] -> mean and std before the tanh: [..., A] each."""
+        mean, raw = full(self.net(features)).chunk(2, -1)
+        shift = math.log(math.expm1(self.BIAS - self.MIN_STD))
+        return mean, F.softplus(raw + shift) + self.MIN_STD
+
+    @staticmethod
+    def sample(mean: Tensor, std: Tensor, normal: Tensor) -> Tensor:
+        return torch.tanh(mean + std * normal)
+
+    @staticmethod
+    def mode(mean: Tensor) -> Tensor:
+        return torch.tanh(mean)

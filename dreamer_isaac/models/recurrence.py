@@ -268,11 +268,11 @@ class Recurrence:
         later_belief = (wide * (1 - update)).to(grad_mix.dtype) + block_mm(
             grad_mix, w.own.transpose(1, 2)
         )
-        grad_shared = F.linear(grad_mix, w.shared)
-        to_belief, to_state = grad_shared.split(len(w.belief_bias), -1)
-        later_before = norm_silu_backward(belief_in, w.belief_norm, to_belief)
-        later_state = norm_silu_backward(state_in, w.state_norm, to_state) @ w.on_state
-        return grad_belief, grad_posterior, later_belief, later_before, later_state
+        grad_shared = F.linear(grad_mix, w.shared).unflatten(-1, (2, -1))
+        inputs = torch.stack([belief_in, state_in], -2)
+        norms = torch.stack([w.belief_norm, w.state_norm])
+        later_before, later_state = norm_silu_backward(inputs, norms, grad_shared).unbind(-2)
+        return grad_belief, grad_posterior, later_belief, later_before, later_state @ w.on_state
 
     def couple(
         self, weights: Weights, grads: tuple[Tensor, ...], saved: tuple[Tensor, ...]

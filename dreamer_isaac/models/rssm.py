@@ -100,6 +100,9 @@ class RSSM(nn.Module):
         blocks: blocks of the GRU. unimix: uniform share of every categorical.
     """
 
+    noise = "uniform"
+    """What `draw` takes: uniform numbers, `noise_width` (S) of them."""
+
     def __init__(
         self,
         action: int,
@@ -115,6 +118,7 @@ class RSSM(nn.Module):
         self.belief, self.categoricals, self.classes = belief, categoricals, classes
         self.blocks, self.unimix = blocks, unimix
         self.state = categoricals * classes
+        self.noise_width = categoricals
         self.action = action
         self.belief_in = layer(belief, hidden)
         self.state_in = layer(self.state, hidden)

@@ -1,0 +1,302 @@
+"""Dreamer V1 against TorchRL's public losses in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import (
+    NormalParamExtractor,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictSequential,
+)
+from torch import Tensor, nn
+from torchrl.data import Composite, Unbounded
+from torchrl.envs.model_based.dreamer import DreamerEnv
+from torchrl.modules import TanhNormal, WorldModelWrapper
+from torchrl.modules.models.model_based import RSSMPosterior, RSSMPrior, RSSMRollout
+from torchrl.objectives import DreamerActorLoss, DreamerModelLoss, DreamerValueLoss
+
+from dreamer_isaac.config import AlgoConfig, ModelConfig, OptimizationConfig
+from dreamer_isaac.learner_v1 import LearnerV1
+from dreamer_isaac.models import Agent
+from dreamer_isaac.optim import GroupAdam
+
+B, T, O, A, H = 3, 5, 6, 2, 4
+MODEL = ModelConfig(
+    size="v1", latent="gaussian", gaussian=3, belief=8, hidden=8, units=10, encoder_layers=2,
+    decoder_layers=2, head_layers=2, actor_layers=2, critic_layers=2,
+)  # fmt: skip
+ALGO = AlgoConfig(name="dreamer_v1", horizon=H, discount_horizon=100, free_nats=0.5)
+S, D = MODEL.gaussian, MODEL.belief
+
+
+@pytest.fixture(autouse=True)
+def double() -> Any:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make_learner() -> LearnerV1:
+    torch.manual_seed(0)
+    agent = Agent(O, A, MODEL, ALGO)
+    with torch.no_grad():
+        for p in agent.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return LearnerV1(agent, ALGO, OptimizationConfig(), torch.Generator().manual_seed(1))
+
+
+def make_batch(seed: int = 0) -> TensorDict:
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    flags = torch.zeros(B, T + 1, dtype=torch.bool)
+    return TensorDict(
+        obs=draw(B, T + 1, O), action=draw(B, T + 1, A).clamp(-1, 1), reward=draw(B, T + 1),
+        is_first=flags.clone(), terminated=flags.clone(), truncated=flags.clone(),
+        belief=draw(B, T + 1, D), state=draw(B, T + 1, S), batch_size=[B, T + 1],
+    )  # fmt: skip
+
+
+class Joined(nn.Module):
+    """Our networks read [belief, state]; TorchRL's modules pass them apart."""
+
+    def __init__(self, net: nn.Module, shape: tuple[int, ...] = (1,)):
+        super().__init__()
+        self.net, self.shape = net, shape
+
+    def forward(self, state: Tensor, belief: Tensor) -> Tensor:
+        out = self.net(torch.cat([belief, state], -1))
+        return out.view(*state.shape[:-1], *self.shape)
+
+
+class ActorNet(nn.Module):
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+        self.extract = NormalParamExtractor(scale_mapping="biased_softplus_5.0_0.0001")
+
+    def forward(self, state: Tensor, belief: Tensor) -> tuple[Tensor, ...]:
+        return self.extract(self.net(torch.cat([belief, state], -1)))
+
+
+def share(theirs: nn.Module, mine: nn.Module) -> None:
+    for (name, _), p in zip(
+        list(theirs.named_parameters(recurse=False)), mine.parameters(recurse=False), strict=True
+    ):
+        theirs.register_parameter(name, p)
+
+
+def torchrl_rssm(agent: Agent) -> tuple[RSSMPrior, RSSMPosterior]:
+    """TorchRL's modules sharing our parameters."""
+    ours = agent.rssm
+    prior = RSSMPrior(Unbounded((A,)), MODEL.hidden, D, S, scale_lb=0.1, action_dim=A)
+    prior.rnn = nn.GRUCell(MODEL.hidden, D)  # TorchRL's own insists on float32
+    posterior = RSSMPosterior(MODEL.hidden, S, 0.1, D, MODEL.units)
+    share(prior.action_state_projector[0], ours.joint_in)
+    share(prior.rnn, ours.rnn)
+    for theirs, mine in ((prior.rnn_to_prior_projector, ours.prior),
+                         (posterior.obs_rnn_to_post_projector, ours.posterior)):  # fmt: skip
+        for i in (0, 2):
+            share(theirs[i], mine[i])
+    return prior, posterior
+
+
+def test_losses_and_gradients_equal_torchrl(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, batch = make_learner(), make_batch()
+    agent, noise = learner.agent, learner.draw_noise(B, T)
+    names = list(learner.params)
+    losses, _, observed = learner.losses(batch, noise)
+    kinds = {"reconstruction": "model", "reward": "model", "kl": "model", "actor": "actor",
+             "critic": "critic"}  # fmt: skip
+    gradients = {
+        k: dict(zip(names, torch.autograd.grad(
+            v, list(learner.params.values()), retain_graph=True, allow_unused=True), strict=True))
+        for k, v in losses.items()
+    }  # fmt: skip
+
+    prior, posterior = torchrl_rssm(agent)
+    monkeypatch.setattr(Tensor, "float", lambda self: self.to(torch.float64))
+    features = [("next", "state"), ("next", "belief")]
+    rollout = RSSMRollout(
+        TensorDictModule(
+            prior, in_keys=["state", "belief", "action"],
+            out_keys=[("next", "prior_mean"), ("next", "prior_std"), "_", ("next", "belief")],
+        ),
+        TensorDictModule(
+            posterior, in_keys=[("next", "belief"), ("next", "encoded_latents")],
+            out_keys=[("next", "posterior_mean"), ("next", "posterior_std"), ("next", "state")],
+        ),
+    )  # fmt: skip
+    world = TensorDictSequential(
+        TensorDictSequential(
+            TensorDictModule(
+                agent.encoder, in_keys=[("next", "vector")], out_keys=[("next", "encoded_latents")]
+            ),
+            rollout,
+            TensorDictModule(  # four trailing sizes, so that the loss sums over O alone
+                Joined(agent.decoder, (1, 1, O)), in_keys=features,
+                out_keys=[("next", "reco_pixels")],
+            ),
+        ),
+        TensorDictModule(Joined(agent.reward), in_keys=features, out_keys=[("next", "reward")]),
+    )  # fmt: skip
+    model_loss = DreamerModelLoss(world, free_nats=ALGO.free_nats)  # type: ignore[arg-type]
+
+    # Draws: a prior (discarded) and a posterior one per observed step, then H imagined ones.
+    queue: list[Tensor] = []
+    for t in range(T):
+        queue += [torch.zeros(B, S), noise.posterior[t]]
+    queue += list(noise.prior)
+    draws = iter(queue)
+    monkeypatch.setattr(torch, "randn_like", lambda *_: next(draws))
+    sample = TensorDict(
+        state=batch["state"][:, :-1], belief=batch["belief"][:, :-1],
+        action=batch["action"][:, :-1],
+        next=TensorDict(
+            vector=batch["obs"][:, 1:], pixels=batch["obs"][:, 1:].reshape(B, T, 1, 1, O),
+            reward=batch["reward"][:, :-1].unsqueeze(-1), batch_size=[B, T],
+        ),
+        batch_size=[B, T],
+    )  # fmt: skip
+    result, seen = model_loss(sample)
+    torch.testing.assert_close(seen["next", "belief"], observed.belief.detach())
+    torch.testing.assert_close(seen["next", "state"], observed.state.detach())
+
+    imagination = WorldModelWrapper(
+        TensorDictModule(
+            prior, in_keys=["state", "belief", "action"],
+            out_keys=["_m", "_s", "state", "belief"],
+        ),
+        TensorDictModule(Joined(agent.reward), in_keys=["state", "belief"], out_keys=["reward"]),
+    )  # fmt: skip
+    env = DreamerEnv(imagination, prior_shape=(S,), belief_shape=(D,))
+    env.observation_spec = Composite(state=Unbounded(S), belief=Unbounded(D))
+    env.state_spec = env.observation_spec.clone()
+    env.action_spec = Unbounded((A,))
+    env.reward_spec = Unbounded((1,))
+    actor = ProbabilisticTensorDictSequential(
+        TensorDictModule(
+            ActorNet(agent.actor.net), in_keys=["state", "belief"], out_keys=["loc", "scale"]
+        ),
+        ProbabilisticTensorDictModule(
+            in_keys=["loc", "scale"], out_keys=["action"], distribution_class=TanhNormal
+        ),
+    )
+    value = TensorDictModule(
+        Joined(agent.critic), in_keys=["state", "belief"], out_keys=["state_value"]
+    )
+    normals = iter(noise.action)
+    monkeypatch.setattr(
+        torch.distributions.normal, "_standard_normal", lambda *_, **__: next(normals)
+    )
+    actor_loss = DreamerActorLoss(
+        actor,
+        value,
+        env,
+        imagination_horizon=H,
+        discount_loss=True,  # type: ignore[arg-type]
+    )
+    # Without time_dim TorchRL 0.14.1 takes the last dimension (size 1) for time, because the loss
+    # hands over a TensorDict without batch dimensions, and the return is TD(0) whatever lambda is.
+    actor_loss.make_value_estimator(
+        gamma=1 - 1 / ALGO.discount_horizon, lmbda=ALGO.lmbda, time_dim=-2
+    )
+    start = TensorDict(
+        state=observed.state.detach().flatten(0, 1), belief=observed.belief.detach().flatten(0, 1),
+        batch_size=[B * T],
+    )  # fmt: skip
+    actor_result, fake = actor_loss(start)
+    value_loss = DreamerValueLoss(
+        value,
+        discount_loss=True,
+        gamma=1 - 1 / ALGO.discount_horizon,  # type: ignore[arg-type]
+    )
+    value_result, _ = value_loss(fake)
+
+    theirs = {
+        "reconstruction": result["loss_model_reco"].sum(), "kl": result["loss_model_kl"].sum(),
+        "reward": result["loss_model_reward"].sum(), "actor": actor_result["loss_actor"],
+        "critic": value_result["loss_value"],
+    }  # fmt: skip
+    own = list(learner.params.values())
+    checked = 0
+    for name, mine in losses.items():
+        torch.testing.assert_close(mine, theirs[name], rtol=1e-6, atol=1e-6, msg=name)
+        inputs = own
+        if kinds[name] == "critic":  # TorchRL's loss holds copies of the critic's parameters
+            copies = [p for p in value_loss.parameters() if all(p is not q for q in own)]
+            inputs = own + copies
+        grads = torch.autograd.grad(theirs[name], inputs, retain_graph=True, allow_unused=True)
+        for key, other in zip(names, grads, strict=False):
+            mine_g = gradients[name][key]
+            if kinds[name] == "actor" and not key.startswith("actor"):
+                assert mine_g is None  # TorchRL leaves gradients there and does not apply them
+                continue
+            zero = torch.zeros_like(learner.params[key])
+            a, b = (zero if g is None else g for g in (mine_g, other))
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=f"{name}: {key}")
+            checked += bool(a.any())
+    assert checked > 30
+
+
+def test_an_update_applies_exactly_these_gradients() -> None:
+    learner, batch = make_learner(), make_batch()
+    state = learner.generator.get_state()
+    noise = learner.draw_noise(B, T)
+    losses, _, _ = learner.losses(batch, noise)
+    weighted = sum(learner.scales()[k] * v for k, v in losses.items())
+    assert isinstance(weighted, Tensor)
+    expected = torch.autograd.grad(weighted, list(learner.params.values()))
+    learner.generator.set_state(state)
+    metrics, latents = learner.update(batch)
+    for (name, p), g in zip(learner.params.items(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g, msg=name)
+    torch.testing.assert_close(metrics["loss/total"], weighted.detach())
+    assert latents["state"].shape == (B, T, S) and latents["belief"].shape == (B, T, D)
+
+
+def test_the_model_learns_and_the_actor_climbs() -> None:
+    torch.set_default_dtype(torch.float32)
+    learner, batch = make_learner(), make_batch()
+    assert isinstance(learner.optimizer, GroupAdam)
+    learner.optimizer.warmup = 0
+    for group, rate, updates in ((0, 1e-3, 60), (1, 3e-3, 60)):
+        learner.optimizer.lrs.zero_()  # one group at a time: what it climbs stands still
+        learner.optimizer.lrs[group] = rate
+        first = learner.update(batch)[0]
+        for _ in range(updates):
+            metrics, _ = learner.update(batch)
+        if group == 0:
+            assert metrics["loss/reconstruction"] < 0.9 * first["loss/reconstruction"]
+        else:
+            assert metrics["loss/actor"] < first["loss/actor"] - 0.1
+    learner.check_finite()
+
+
+def test_group_adam_equals_torch() -> None:
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    values = [torch.randn(4, 3), torch.randn(5), torch.randn(7)]
+    mine = {str(i): nn.Parameter(v.clone()) for i, v in enumerate(values)}
+    theirs = [nn.Parameter(v.clone()) for v in values]
+    ours = GroupAdam(mine, [0, 0, 1], [1e-2, 3e-3], clip=1.0)
+    others = [torch.optim.Adam(theirs[:2], lr=1e-2), torch.optim.Adam(theirs[2:], lr=3e-3)]
+    for _ in range(8):
+        for p, q in zip(mine.values(), theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        ours.step()
+        nn.utils.clip_grad_norm_(theirs[:2], 1.0)
+        nn.utils.clip_grad_norm_(theirs[2:], 1.0)
+        for other in others:
+            other.step()
+    for p, q in zip(mine.values(), theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
