@@ -84,9 +84,11 @@ class Checkpoints:
             _sync(self.folder)
         except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
             shutil.rmtree(partial, ignore_errors=True)
+            free = shutil.disk_usage(self.folder.parent).free / 2**20
             raise CheckpointError(
-                f"cannot save {self.folder / name}: {e}. Older checkpoints are intact. Remedy: "
-                "free disk space or make the folder writable, then run the same command again."
+                f"cannot save {self.folder / name} ({free:.1f} MiB are free there): {e}. Older "
+                "checkpoints are intact. Remedy: free disk space or make the folder writable, then "
+                "run the same command again."
             ) from e
         for old in self.complete()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)

@@ -48,6 +48,12 @@ def main(cfg: Config) -> int:
     except KeyboardInterrupt:
         console.say("stopped at once; the last checkpoint is what there is")
         return 130
+    except OSError as e:  # a full disk, a folder that has become read-only
+        where = e.filename or folder
+        console.say(f"error: {where}: {e.strerror or e}. Complete checkpoints are intact. Remedy: "
+                    "free disk space or make the folder writable, then the same command with "
+                    f"run.dir={folder}.")  # fmt: skip
+        return 1
     except Exception as e:
         if not isinstance(e, checkpoint.CheckpointError):
             (folder / "traceback.txt").write_text(traceback.format_exc()) if os.access(

@@ -307,6 +307,25 @@ def test_full_disk_while_saving(
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
+def test_a_folder_that_becomes_read_only(
+    toy_overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    write = train.Logger.write
+
+    def refused(self: Any, row: dict[str, float]) -> None:
+        if row["frames"] > 600:
+            raise PermissionError(13, "Permission denied", "metrics.csv")
+        write(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Logger, "write", refused)
+        assert main(compose(toy_overrides)) == 1
+    said = capsys.readouterr().out
+    assert "metrics.csv: Permission denied" in said and "Remedy" in said
+    assert checkpoint.find(folder(toy_overrides)).name == "000000000576"
+    assert main(compose(toy_overrides)) == 0
+
+
 def test_a_run_folder_that_cannot_be_written(program: Program, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     result = program(f"run.dir={tmp_path / 'file' / 'run'}", "env.backend=toy")
