@@ -1,6 +1,6 @@
 """The Dreamer update: one function, `Learner.update(batch) -> metrics`.
 
-A batch is a TensorDict [B, T+1] of consecutive records of one env each (DESIGN: record `t` holds
+A batch is T+1 consecutive records of B envs (DESIGN: record `t` holds
 `obs[t]`, `is_first[t]`, `action[t]` and what the action led to: `reward`, `terminated`,
 `truncated`). The first record only gives context: its stored latents and its action. Steps
 t = 1..T are trained.
@@ -33,7 +33,7 @@ import contextlib
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -46,7 +46,7 @@ from dreamer_isaac.models.recurrence import Recurrence
 from dreamer_isaac.optim import FlatOptimizer, LaProp, flatten
 
 Batch = Mapping[str, Tensor]
-"""Records [B, T+1] by name; see `Learner.update`."""
+"""Records by name; see `Learner.update`."""
 
 
 class NonFiniteError(RuntimeError):
@@ -157,7 +157,8 @@ class Learner:
         self.return_high = self.flat.new_zeros(())
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.last_batch: dict[str, Tensor] | None = None
-        """The batch of the last update, or of the first one that was not finite."""
+        """See `_keep_batch`."""
+        self._kept: dict[Any, dict[str, Tensor]] = {}
         self.updates = 0
         self._prepare()
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -186,28 +187,47 @@ class Learner:
         """Train on one batch.
 
         Args:
-            batch: [B, T+1] with obs [.., O], is_first, action [.., A], reward, terminated,
-                truncated [..], belief [.., D] and state [.., S] (of which only the first
-                record's are read).
+            batch: obs [B, T+1, O], action [B, T+1, A], is_first, reward, terminated [B, T+1], and
+                the latents of the first record, belief [B, D] and state [B, S].
 
         Returns:
             Scalar metrics on the device (nothing is read by the host), and the refreshed latents
             of steps 1..T: belief [B, T, D] and state [B, T, S]. With a captured update both
             are valid until the next one.
         """
-        fields = {k: batch[k] for k in FIELDS}
+        source = _Given(batch)
         if self._capture:
-            shape = tuple((k, v.shape, v.dtype) for k, v in fields.items())
-            if shape not in self._graphs:  # another shape is another graph
-                self._graphs[shape] = Captured(self, fields)
-            metrics, latents = self._graphs[shape](fields)
-            self.last_batch = self._graphs[shape].batch
+            fields = tuple((k, batch[k].shape, batch[k].dtype) for k in FIELDS)
+            if fields not in self._graphs:  # another shape is another graph
+                source.batch = batch.clone()
+                self._graphs[fields] = Captured(self, source)
+            graph = self._graphs[fields]
+            assert isinstance(graph.source, _Given)
+            for name in FIELDS:
+                graph.source.batch[name].copy_(batch[name])
+            metrics, latents = graph()
+        else:
+            metrics, latents = self._update(source)
+        self.updates += 1
+        return metrics, latents
+
+    def train(self, source: Source) -> dict[str, Tensor]:
+        """Sample a batch, train on it, and write its latents back; all of it in one CUDA graph
+        where updates are captured. Returns the metrics of `update`.
+
+        Args:
+            source: the replay buffer, always the same one.
+        """
+        if self._capture:
+            if "source" not in self._graphs:
+                self._graphs["source"] = Captured(self, source)
+            assert self._graphs["source"].source is source
+            metrics, _ = self._graphs["source"]()
             self._keep_pace()
         else:
-            metrics, latents = self._update(fields)
-            self.last_batch = fields
+            metrics, _ = self._update(source)
         self.updates += 1
-        return metrics, TensorDict(latents, latents["belief"].shape[:2])
+        return metrics
 
     def _keep_pace(self) -> None:
         """Let the host run at most one update ahead of the device: weights are published, and the
@@ -218,8 +238,13 @@ class Learner:
         if len(self._launched) > 2:
             self._launched.pop(0).synchronize()
 
-    def _update(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _update(
+        self, source: Source, write_back: bool = True
+    ) -> tuple[dict[str, Tensor], TensorDict]:
         """The whole update as a fixed sequence of kernels: no host value is read or written."""
+        sampled = source.sample()
+        batch = {k: sampled[k] for k in FIELDS}
+        self._keep_batch(batch)
         if self.working is not self.flat:
             self.working.copy_(self.flat)
         noise = self.draw_noise(batch["obs"].shape[0], batch["obs"].shape[1] - 1)
@@ -230,8 +255,22 @@ class Learner:
         self.finite.logical_and_(torch.isfinite(total) & torch.isfinite(norm))
         metrics = metrics | {f"loss/{k}": v.detach() for k, v in losses.items()}
         metrics |= {"loss/total": total, "grad_norm": norm}
-        state = self.agent.rssm.compress(observed.state.detach())
-        return metrics, {"belief": observed.belief.detach(), "state": state}
+        belief, state = observed.belief.detach(), observed.state.detach()
+        latents = TensorDict(
+            {"belief": belief, "state": self.agent.rssm.compress(state)}, belief.shape[:2]
+        )
+        if write_back:
+            source.refresh(sampled, latents)
+        return metrics, latents
+
+    def _keep_batch(self, batch: Batch) -> None:
+        """In `last_batch`: the last batch, or the one of the first update that was not finite."""
+        shape = tuple(v.shape for v in batch.values())
+        if shape not in self._kept:  # kept for good: a graph writes to it
+            self._kept[shape] = {k: v.clone() for k, v in batch.items()}
+        self.last_batch = self._kept[shape]
+        for name, kept in self.last_batch.items():
+            torch.where(self.finite, batch[name], kept, out=kept)
 
     def _gradients(
         self, batch: Batch, noise: Noise
@@ -314,8 +353,8 @@ class Learner:
         obs, action = batch["obs"][:, 1:].transpose(0, 1), batch["action"][:, :-1].transpose(0, 1)
         first = batch["is_first"][:, 1:].transpose(0, 1).unsqueeze(-1).contiguous()  # [T, B, 1]
         embedding, action, start = self._encode(obs, action)
-        belief = batch["belief"][:, 0].to(rssm.dtype)
-        state = rssm.expand(batch["state"][:, 0])
+        belief = batch["belief"].to(rssm.dtype)
+        state = rssm.expand(batch["state"])
         unrolled = self.recurrence.unroll(
             belief, state, action, embedding, first, start, noise.posterior
         )
@@ -539,38 +578,64 @@ def compile_function(f: Any) -> Any:
     return torch.compile(f, fullgraph=True, dynamic=False)
 
 
-class Captured:
-    """One update of a learner as a CUDA graph, for batches of one shape.
+class Source(Protocol):
+    """Where batches come from, and where their refreshed latents go: the replay buffer. Both
+    methods only enqueue work on the device."""
 
-    Args:
-        batch: an example. Two updates are made with it to compile and warm up, and undone.
+    @property
+    def generators(self) -> list[torch.Generator]: ...
+
+    def sample(self) -> TensorDictBase: ...
+
+    def refresh(self, batch: TensorDictBase, latents: TensorDictBase) -> None: ...
+
+
+class _Given:
+    """One batch as a source."""
+
+    def __init__(self, batch: TensorDictBase):
+        self.batch = batch
+        self.generators: list[torch.Generator] = []
+
+    def sample(self) -> TensorDictBase:
+        return self.batch
+
+    def refresh(self, batch: TensorDictBase, latents: TensorDictBase) -> None:
+        """The caller has the latents."""
+
+
+class Captured:
+    """One update of a learner as a CUDA graph, sampling and write-back included.
+
+    Two updates are made first to compile and warm up, without write-back, and undone.
     """
 
-    def __init__(self, learner: Learner, batch: Batch):
-        self.finite = learner.finite
-        self.batch = {k: v.clone() for k, v in batch.items()}
+    def __init__(self, learner: Learner, source: Any):
+        self.source = source
+        generators = [learner.generator, *source.generators]
         before = [t.clone() for t in learner.tensors()]
-        generator = learner.generator.get_state()
+        states = [g.get_state() for g in generators]
         stream = torch.cuda.Stream(learner.device)
         stream.wait_stream(torch.cuda.current_stream(learner.device))
         with torch.cuda.stream(stream):
             for _ in range(2):
-                learner._update(self.batch)
+                learner._update(source, write_back=False)
         torch.cuda.current_stream(learner.device).wait_stream(stream)
         learner.optimizer.zero_grad()  # the graph makes its own
         self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(learner.generator)
+        for generator in generators:
+            self.graph.register_generator_state(generator)
         # Other threads (the simulator's) may use CUDA meanwhile.
         with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-            self.out = learner._update(self.batch)
+            self.out = learner._update(source)
+        self.learner, self.kept = learner, learner.last_batch
         for tensor, value in zip(learner.tensors(), before, strict=True):
             tensor.copy_(value)
-        learner.generator.set_state(generator)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
-    def __call__(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Train on `batch`; the results live in the graph's memory until the next call."""
-        for name, mine in self.batch.items():
-            # After the first update that was not finite its batch stays, to be looked at.
-            torch.where(self.finite, batch[name], mine, out=mine)
+    def __call__(self) -> tuple[dict[str, Tensor], TensorDict]:
+        """Replay; the results live in the graph's memory until the next call."""
         self.graph.replay()
+        self.learner.last_batch = self.kept
         return self.out

@@ -86,8 +86,8 @@ class LearnerV1(Learner):
         obs, action = batch["obs"][:, 1:].transpose(0, 1), batch["action"][:, :-1].transpose(0, 1)
         first = batch["is_first"][:, 1:].transpose(0, 1).unsqueeze(-1).contiguous()  # [T, B, 1]
         embedding, action, start = self._encode(obs, action)
-        belief = batch["belief"][:, 0].to(rssm.dtype)
-        state = rssm.expand(batch["state"][:, 0])
+        belief = batch["belief"].to(rssm.dtype)
+        state = rssm.expand(batch["state"])
         steps = zip(action, embedding, first, noise.posterior, strict=True)
         rows: list[tuple[Tensor, ...]] = []
         for action_t, embedding_t, first_t, normal_t in steps:

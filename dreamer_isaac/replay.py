@@ -25,37 +25,47 @@ from dreamer_isaac.config import ModelConfig, ReplayConfig
 
 
 class RingSliceSampler(Sampler):
-    """Uniform over (env, start); needs no value from the device.
+    """Uniform over (env, start). Only enqueues work: how much is stored and where the oldest record
+    stands are numbers on the device, so that drawing can be part of a captured CUDA graph.
 
     Args:
-        length: records of a slice, T+1. generator: draws the indices, on the storage's device.
+        length: records of a slice, T+1. steps: capacity of the ring. envs: its width.
+        generator: draws the indices, on the storage's device.
     """
 
-    def __init__(self, length: int, generator: torch.Generator):
-        self.length, self.generator = length, generator
-        self.cursor = 0
-        self.last_index: tuple[Tensor, Tensor] | None = None
+    def __init__(self, length: int, steps: int, envs: int, generator: torch.Generator):
+        self.length, self.steps, self.envs, self.generator = length, steps, envs, generator
+        device = generator.device
+        self.filled = torch.zeros((), dtype=torch.int64, device=device)
+        self.oldest = torch.zeros((), dtype=torch.int64, device=device)
+        self._ahead = torch.arange(length, device=device)
+
+    def advance(self, written: int) -> None:
+        """Note that `written` time steps have been written in all."""
+        self.filled.fill_(min(written, self.steps))
+        self.oldest.fill_(written % self.steps if written > self.steps else 0)
+
+    def draw(self, slices: int) -> tuple[Tensor, Tensor]:
+        """Indices (time, env), [slices, T+1] each; at least one slice must be stored."""
+        starts = (self.filled - self.length + 1) * self.envs
+        place = torch.rand(
+            slices, dtype=torch.float64, generator=self.generator, device=self.generator.device
+        )
+        place = (place * starts).long()
+        start = place // self.envs + self.oldest
+        time = (start[:, None] + self._ahead) % self.steps
+        return time, (place % self.envs)[:, None].expand_as(time)
 
     def sample(self, storage: Storage, batch_size: int) -> tuple[Any, dict]:
-        """Indices (time, env) of `batch_size` records, slice after slice.
+        """TorchRL's interface: indices of `batch_size` records, slice after slice.
 
         Raises:
             ValueError: when fewer than T+1 steps are stored.
         """
-        filled, envs = storage.shape
-        starts = filled - self.length + 1
-        if starts < 1:
-            raise ValueError(f"{filled} steps are stored, a slice needs {self.length}.")
-        device = self.generator.device
-        slices = batch_size // self.length
-        draw = torch.randint(starts * envs, (slices,), generator=self.generator, device=device)
-        # In a full ring the oldest record stands at the cursor; before that, at 0.
-        oldest = self.cursor if storage._is_full else 0
-        start = draw // envs + oldest
-        time = (start[:, None] + torch.arange(self.length, device=device)) % filled
-        env = (draw % envs)[:, None].expand_as(time)
-        self.last_index = (time.flatten(), env.flatten())
-        return self.last_index, {}
+        if storage.shape[0] < self.length:
+            raise ValueError(f"{storage.shape[0]} steps are stored, a slice needs {self.length}.")
+        time, env = self.draw(batch_size // self.length)
+        return (time.flatten(), env.flatten()), {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
@@ -64,7 +74,7 @@ class RingSliceSampler(Sampler):
         self.generator.set_state(state["generator"].cpu())
 
     def _empty(self) -> None:
-        self.cursor = 0
+        self.advance(0)
 
     def dumps(self, path: Any) -> None:
         raise NotImplementedError("saved through state_dict (checkpoint.py)")
@@ -103,12 +113,14 @@ class Replay:
         """Capacity in time steps; each holds a record of every env."""
         self.gib = self.steps * envs * record_bytes(observation, action, model) / 2**30
         self.slices = cfg.batch_size // cfg.batch_length
-        self.sampler = RingSliceSampler(cfg.batch_length + 1, generator)
+        self.sampler = RingSliceSampler(cfg.batch_length + 1, self.steps, envs, generator)
         self.buffer = ReplayBuffer(
             storage=LazyTensorStorage(self.steps * envs, ndim=2, device=device),
             sampler=self.sampler,
             batch_size=self.slices * (cfg.batch_length + 1),
         )
+        self._index: tuple[Tensor, Tensor] | None = None
+        """Of the batch sampled last."""
         self.written = 0
         """Time steps written so far; `serial` of the next record."""
 
@@ -153,12 +165,31 @@ class Replay:
         records = records.to(self.device)
         self.buffer.extend(records.set("serial", serial.expand(envs, steps)))
         self.written += steps
-        self.sampler.cursor = self.written % self.steps
+        self.sampler.advance(self.written)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """What `sample` draws from; a CUDA graph that contains it must know."""
+        return [self.sampler.generator]
 
     def sample(self) -> TensorDict:
-        """A batch [B, T+1] of consecutive records (see `learner`)."""
-        batch = self.buffer.sample()
-        return batch.reshape(self.slices, self.sampler.length)
+        """T+1 consecutive records of B envs: every field [B, T+1, ...], but of the latents the
+        first record's, [B, ...] (see `learner`). Only enqueues work.
+
+        Raises:
+            ValueError: when less than one slice is stored.
+        """
+        if not self.ready:
+            raise ValueError(f"{self.written} steps are stored, a slice needs "
+                             f"{self.sampler.length}.")  # fmt: skip
+        self._index = self.sampler.draw(self.slices)
+        time, env = self._index
+        first = time[:, 0], env[:, 0]
+        fields = {
+            name: stored[first if name in ("belief", "state") else self._index]
+            for name, stored in self._tensors().items()
+        }
+        return TensorDict(fields, [self.slices])
 
     def refresh(self, batch: TensorDictBase, latents: TensorDictBase) -> None:
         """Write the latents of steps 1..T of the batch sampled last back to its records.
@@ -168,9 +199,8 @@ class Replay:
 
         A record that has been overwritten since is left alone: its serial number differs.
         """
-        assert self.sampler.last_index is not None
-        shape = (self.slices, self.sampler.length)
-        time, env = (i.view(shape)[:, 1:] for i in self.sampler.last_index)
+        assert self._index is not None, "sample() comes first"
+        time, env = (i[:, 1:] for i in self._index)
         storage = self._tensors()
         same = storage["serial"][time, env] == batch["serial"][:, 1:]
         for name, new in latents.items():
@@ -212,7 +242,7 @@ class Replay:
         writer: Any = self.buffer.writer
         writer._cursor = state["written"] % self.steps
         self.written = state["written"]
-        self.sampler.cursor = self.written % self.steps
+        self.sampler.advance(self.written)
 
 
 def _available_memory() -> float:

@@ -334,9 +334,7 @@ def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
             run.limiter.collected(run.frames, arrived // cfg.env.num_envs * replay.envs)
             learner.optimizer.progress.fill_(run.frames / cfg.collector.total_frames)
             for _ in run.limiter.due(replay.ready):
-                batch = replay.sample()
-                metrics, latents = learner.update(batch)
-                replay.refresh(batch, latents)
+                metrics = learner.train(replay)
                 if run.device.type == "cpu":
                     learner.check_finite()  # costs nothing here, and keeps the batch that did it
                 if learner.updates >= most or (stop.number and not cfg.checkpoint.exact):

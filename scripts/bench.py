@@ -130,10 +130,7 @@ def learner(arguments: argparse.Namespace) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
 
     def update() -> None:
-        batch = replay.sample()
-        new, latents = trainer.update(batch)
-        metrics.update(new)
-        replay.refresh(batch, latents)
+        metrics.update(trainer.train(replay))
 
     begin = time.monotonic()
     update()
@@ -168,9 +165,11 @@ def replay(arguments: argparse.Namespace) -> dict[str, Any]:
 
     buffer, records = filled_replay(cfg, (arguments.observation, arguments.action), device)
     batch, new = buffer.sample(), records(8)
+    shape = len(batch), cfg.replay_buffer.batch_length
     latents = TensorDict(
-        belief=batch["belief"][:, 1:].clone(), state=batch["state"][:, 1:].clone(),
-        batch_size=[len(batch), cfg.replay_buffer.batch_length],
+        belief=torch.randn(*shape, cfg.model.belief, device=device),
+        state=batch["state"].unsqueeze(1).expand(-1, shape[1], -1).clone(),
+        batch_size=list(shape),
     )  # fmt: skip
     result: dict[str, Any] = {"bench": "replay", "work": work(cfg) | {
         "envs": buffer.envs, "records": buffer.steps * buffer.envs, "gib": round(buffer.gib, 2),
@@ -219,9 +218,7 @@ def drive(run: Any, seconds: float, learn: bool, collect: bool = True) -> dict[s
         if collect:
             frames += run.collector.step(wait=not learn)
         if learn:
-            batch = run.replay.sample()
-            _, latents = run.learner.update(batch)
-            run.replay.refresh(batch, latents)
+            run.learner.train(run.replay)
             run.collector.publish(run.learner.updates)
             updates += 1
     wait()

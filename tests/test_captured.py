@@ -48,11 +48,11 @@ def make_batch(seed: int, batch: int = B) -> TensorDict:
     return TensorDict(
         obs=torch.randn(*shape, O, generator=g), action=torch.rand(*shape, A, generator=g),
         reward=torch.randn(*shape, generator=g), is_first=flags < 0.1, terminated=flags > 0.95,
-        truncated=flags > 2, belief=torch.randn(*shape, MODEL.belief, generator=g),
-        state=torch.randint(MODEL.classes, (*shape, MODEL.categoricals), generator=g).to(
+        truncated=flags > 2, belief=torch.randn(batch, MODEL.belief, generator=g),
+        state=torch.randint(MODEL.classes, (batch, MODEL.categoricals), generator=g).to(
             torch.uint8
         ),
-        batch_size=list(shape),
+        batch_size=[batch],
     ).cuda()  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def make_batch(seed: int = 0) -> TensorDict:
     return TensorDict(
         obs=draw(B, T + 1, O), action=draw(B, T + 1, A).clamp(-1, 1), reward=draw(B, T + 1),
         is_first=flags.clone(), terminated=flags.clone(), truncated=flags.clone(),
-        belief=draw(B, T + 1, D), state=draw(B, T + 1, S), batch_size=[B, T + 1],
+        belief=draw(B, D), state=draw(B, S), batch_size=[B],
     )  # fmt: skip
 
 
@@ -158,7 +158,8 @@ def test_losses_and_gradients_equal_torchrl(monkeypatch: pytest.MonkeyPatch) -> 
     draws = iter(queue)
     monkeypatch.setattr(torch, "randn_like", lambda *_: next(draws))
     sample = TensorDict(
-        state=batch["state"][:, :-1], belief=batch["belief"][:, :-1],
+        state=batch["state"].unsqueeze(1).expand(-1, T, -1),
+        belief=batch["belief"].unsqueeze(1).expand(-1, T, -1),
         action=batch["action"][:, :-1],
         next=TensorDict(
             vector=batch["obs"][:, 1:], pixels=batch["obs"][:, 1:].reshape(B, T, 1, 1, O),
@@ -268,16 +269,12 @@ def test_the_model_learns_and_the_actor_climbs() -> None:
     learner, batch = make_learner(), make_batch()
     assert isinstance(learner.optimizer, GroupAdam)
     learner.optimizer.warmup = 0
-    for group, rate, updates in ((0, 1e-3, 60), (1, 3e-3, 60)):
+    for group, rate, name in ((0, 1e-3, "loss/reconstruction"), (1, 3e-3, "loss/actor")):
         learner.optimizer.lrs.zero_()  # one group at a time: what it climbs stands still
         learner.optimizer.lrs[group] = rate
-        first = learner.update(batch)[0]
-        for _ in range(updates):
-            metrics, _ = learner.update(batch)
-        if group == 0:
-            assert metrics["loss/reconstruction"] < 0.9 * first["loss/reconstruction"]
-        else:
-            assert metrics["loss/actor"] < first["loss/actor"] - 0.1
+        losses = torch.stack([learner.update(batch)[0][name] for _ in range(200)])
+        spread = losses[:10].std()
+        assert losses[-10:].mean() < losses[:10].mean() - 2 * spread - 0.02, name
     learner.check_finite()
 
 

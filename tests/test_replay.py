@@ -40,7 +40,7 @@ def test_slices_are_consecutive_and_every_start_is_reachable(total: int, chunk: 
     starts = set()
     for _ in range(150):
         batch = replay.sample()
-        assert batch.shape == (8, LENGTH + 1)
+        assert batch["obs"].shape == (8, LENGTH + 1, 1) and batch["belief"].shape == (8, 2)
         mark = batch["obs"].squeeze(-1)
         assert torch.equal(mark[:, 1:], mark[:, :-1] + 1)  # one env, no write head in between
         starts |= {(int(m) // 1000, int(m) % 1000) for m in mark[:, 0]}
