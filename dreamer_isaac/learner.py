@@ -1,9 +1,8 @@
 """The Dreamer update: one function, `Learner.update(batch) -> metrics`.
 
-A batch is T+1 consecutive records of B envs (DESIGN: record `t` holds
-`obs[t]`, `is_first[t]`, `action[t]` and what the action led to: `reward`, `terminated`,
-`truncated`). The first record only gives context: its stored latents and its action. Steps
-t = 1..T are trained.
+A batch is T+1 consecutive records of B envs. Record `t` holds `obs[t]`, `is_first[t]`, `action[t]`
+and what the action led to: `reward`, `terminated`, `truncated`. The first record only gives
+context: its stored latents and its action. Steps t = 1..T are trained.
 
 Where the formulas differ from TorchRL's `DreamerV3Loss` and the reference on purpose:
 
@@ -33,6 +32,7 @@ import contextlib
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -291,7 +291,7 @@ class Learner:
         other, more, metrics = self._behaviour_total(batch, cuts[1], features, actions)
         other.backward()
         pairs = zip(*cuts, strict=True)
-        grads = [torch.stack([x.grad for x in pair if x.grad is not None]).sum(0) for pair in pairs]
+        grads = [reduce(torch.add, [x.grad for x in pair if x.grad is not None]) for pair in pairs]
         torch.autograd.backward(list(observed), grads)
         return (total + other).detach(), losses | more, metrics, observed
 
