@@ -349,16 +349,21 @@ class Learner:
 
     def observe(self, batch: Batch, noise: Noise) -> Observed:
         """Filter the batch: the recurrence over T steps, everything else at once."""
-        rssm = self.net.rssm
-        obs, action = batch["obs"][:, 1:].transpose(0, 1), batch["action"][:, :-1].transpose(0, 1)
-        first = batch["is_first"][:, 1:].transpose(0, 1).unsqueeze(-1).contiguous()  # [T, B, 1]
-        embedding, action, start = self._encode(obs, action)
-        belief = batch["belief"].to(rssm.dtype)
-        state = rssm.expand(batch["state"])
+        belief, state, action, embedding, first, start = self._inputs(batch)
         unrolled = self.recurrence.unroll(
             belief, state, action, embedding, first, start, noise.posterior
         )
         return Observed(*self._finish(*unrolled, first, start, noise.arrival))
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What the recurrence starts from and is fed with, time-major: belief [B, D] and state
+        before the first step; action, embedding, first [T, B, ...]; the initial belief."""
+        rssm = self.net.rssm
+        obs, action = batch["obs"][:, 1:].transpose(0, 1), batch["action"][:, :-1].transpose(0, 1)
+        first = batch["is_first"][:, 1:].transpose(0, 1).unsqueeze(-1).contiguous()  # [T, B, 1]
+        embedding, action, start = self._encode(obs, action)
+        belief, state = batch["belief"].to(rssm.dtype), rssm.expand(batch["state"])
+        return belief, state, action, embedding, first, start
 
     def _encode_(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the recurrence is fed with: embedding, action, initial belief."""

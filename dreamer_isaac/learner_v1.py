@@ -82,12 +82,7 @@ class LearnerV1(Learner):
     # -- world model ---------------------------------------------------------------------------
 
     def observe(self, batch: Batch, noise: Noise) -> Observed:
-        rssm = self.net.rssm
-        obs, action = batch["obs"][:, 1:].transpose(0, 1), batch["action"][:, :-1].transpose(0, 1)
-        first = batch["is_first"][:, 1:].transpose(0, 1).unsqueeze(-1).contiguous()  # [T, B, 1]
-        embedding, action, start = self._encode(obs, action)
-        belief = batch["belief"].to(rssm.dtype)
-        state = rssm.expand(batch["state"])
+        belief, state, action, embedding, first, start = self._inputs(batch)
         steps = zip(action, embedding, first, noise.posterior, strict=True)
         rows: list[tuple[Tensor, ...]] = []
         for action_t, embedding_t, first_t, normal_t in steps:
