@@ -218,6 +218,11 @@ class Learner:
         Args:
             source: the replay buffer, always the same one.
         """
+        if source.device != self.device:  # records in main memory: they travel
+            batch = source.sample()
+            metrics, latents = self.update(batch.to(self.device))
+            source.refresh(batch, latents.to(source.device))
+            return metrics
         if self._capture:
             if "source" not in self._graphs:
                 self._graphs["source"] = Captured(self, source)
@@ -588,6 +593,9 @@ class Source(Protocol):
     methods only enqueue work on the device."""
 
     @property
+    def device(self) -> torch.device: ...
+
+    @property
     def generators(self) -> list[torch.Generator]: ...
 
     def sample(self) -> TensorDictBase: ...
@@ -600,6 +608,7 @@ class _Given:
 
     def __init__(self, batch: TensorDictBase):
         self.batch = batch
+        self.device: torch.device = batch["obs"].device  # type: ignore[assignment]
         self.generators: list[torch.Generator] = []
 
     def sample(self) -> TensorDictBase:

@@ -129,9 +129,10 @@ class Run:
         self.env = start_simulator(cfg, console, self.sim_device, cfg.evaluation.video)
         seed_everything(cfg.env.seed)  # the networks do not depend on what the simulator drew
         self.agent = make_agent(cfg, self.env, self.device)
+        store = self.device if cfg.replay_buffer.gpu_storage else torch.device("cpu")
         generators = [
             torch.Generator(device=d).manual_seed(cfg.env.seed * 1000 + i)
-            for i, d in enumerate((self.sim_device, self.device, self.device))
+            for i, d in enumerate((self.sim_device, self.device, store))
         ]
         info, train_envs = self.env.info, cfg.env.num_envs - cfg.evaluation.num_envs
         self.learner = learner_class(cfg.algo)(
@@ -140,7 +141,7 @@ class Run:
         )  # fmt: skip
         self.replay = Replay(
             cfg.replay_buffer, train_envs, info.observation, info.action, cfg.model,
-            self.device if cfg.replay_buffer.gpu_storage else torch.device("cpu"), generators[2],
+            store, generators[2],
         )  # fmt: skip
         self.limiter = Limiter(
             cfg.optimization.replay_ratio, cfg.replay_buffer.batch_size,
@@ -187,6 +188,9 @@ class Run:
             f"networks: {parameters:,} parameters ({self.cfg.model.size}) on {self.device}"
         )
         self.console.say(self.replay.describe())
+        if self.device.type == "cuda" and self.cfg.optimization.compile.enabled != "false":
+            self.console.say("the first update is compiled, which takes a minute or two on a new "
+                             "machine and seconds from its cache")  # fmt: skip
 
     def save(self) -> None:
         """A complete checkpoint of now.

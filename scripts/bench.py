@@ -52,7 +52,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def filled_replay(cfg: Any, widths: tuple[int, int], device: Any) -> Any:
-    """A full ring of random records, and the number of env steps in one `extend` (8)."""
+    """A full ring of random records, and a function that makes more of them."""
     import torch
     from tensordict import TensorDict
 

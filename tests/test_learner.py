@@ -453,6 +453,38 @@ def test_update_learns_and_reports() -> None:
     learner.check_finite()
 
 
+def test_bfloat16_stays_near_float32() -> None:
+    torch.set_default_dtype(torch.float32)
+    exact, half = make_learner(), make_learner()
+    half = Learner(half.agent, half.algo, OptimizationConfig(autocast="bfloat16"),
+                   torch.Generator().manual_seed(1))  # fmt: skip
+    assert half.net is not half.agent and half.net.rssm.dtype == torch.bfloat16
+    for seed in range(3):
+        one, other = (x.update(make_batch(seed))[0] for x in (exact, half))
+        for k in ("loss/reconstruction", "loss/reward", "loss/critic", "loss/continue"):
+            assert other[k] == pytest.approx(float(one[k]), rel=0.05, abs=0.05), (seed, k)
+    assert half.flat.dtype == torch.float32 and bool((half.flat != exact.flat).any())
+
+
+def test_records_in_another_memory_travel_and_latents_return() -> None:
+    class Elsewhere:
+        """A source whose device is not the learner's (the same memory by another name)."""
+
+        device, generators = torch.device("cpu", 0), []
+
+        def sample(self) -> TensorDict:
+            return make_batch()
+
+        def refresh(self, batch: TensorDict, latents: TensorDict) -> None:
+            self.got = latents["belief"].clone()
+
+    near, far, source = make_learner(), make_learner(), Elsewhere()
+    _, latents = near.update(make_batch())
+    far.train(source)  # type: ignore[arg-type]
+    assert far.updates == 1 and torch.equal(source.got, latents["belief"])
+    assert torch.equal(near.flat, far.flat)
+
+
 def test_a_nan_is_noticed() -> None:
     learner = make_learner()
     batch = make_batch()
