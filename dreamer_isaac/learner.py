@@ -441,7 +441,10 @@ class Learner:
         action = agent.actor.sample(mean, std, normal)
         belief = rssm.core(belief, state, rssm.project_action(action))
         state = rssm.draw(rssm.prior_logits(belief), uniform)
-        out.copy_(torch.cat([belief, state], -1))
+        # Two copies, each made by the kernel that computes its part; joined first, the state's
+        # softmax would be computed again for every element of the belief.
+        out[:, : rssm.belief].copy_(belief)
+        out[:, rssm.belief :].copy_(state)
         return action
 
     def behaviour_losses(

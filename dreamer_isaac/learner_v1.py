@@ -16,6 +16,8 @@ from torch import Tensor
 
 from dreamer_isaac.config import OptimizationConfig
 from dreamer_isaac.learner import Batch, Learner, Noise, Observed, lambda_return
+from dreamer_isaac.models.gaussian import GaussianRecurrence
+from dreamer_isaac.models.rssm import join
 from dreamer_isaac.optim import FlatOptimizer, GroupAdam
 
 
@@ -38,7 +40,7 @@ class LearnerV1(Learner):
         for mine, shared in zip(self.frozen.parameters(), self.net.parameters(), strict=True):
             mine.data = shared.data
         self._encode, self._finish = wrap(self._encode_), wrap(self._finish_)
-        self._observe_step = wrap(self._observe_step_)
+        self.recurrence = GaussianRecurrence(self.net.rssm, wrap)
         self._model_total = wrap(self._model_total_)
         self._dream_step = wrap(self._dream_step_)
         self._actor_total = wrap(self._actor_total_)
@@ -83,46 +85,31 @@ class LearnerV1(Learner):
 
     def observe(self, batch: Batch, noise: Noise) -> Observed:
         belief, state, action, embedding, first, start = self._inputs(batch)
-        steps = zip(action, embedding, first, noise.posterior, strict=True)
-        rows: list[tuple[Tensor, ...]] = []
-        for action_t, embedding_t, first_t, normal_t in steps:
-            raw, belief, posterior, state = self._observe_step(
-                belief, state, action_t, embedding_t, first_t, start, normal_t
-            )
-            rows.append((raw, belief, posterior, state))
-        columns = [torch.stack(column) for column in zip(*rows, strict=True)]
-        raw, belief, posterior, state = columns
-        return Observed(*self._finish(raw, belief, posterior, state, first, start, noise.arrival))
-
-    def _observe_step_(
-        self, belief: Tensor, state: Tensor, action: Tensor, embedding: Tensor, first: Tensor,
-        start: Tensor, normal: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        rssm = self.net.rssm
-        raw = rssm.core(belief, state, action)
-        belief = torch.where(first, start, raw)
-        posterior = rssm.posterior_logits(belief, embedding)
-        return raw, belief, posterior, rssm.sample(posterior, normal)
+        unrolled = self.recurrence.unroll(
+            belief, state, action, embedding, first, start, noise.posterior
+        )
+        return Observed(*self._finish(*unrolled, first, start, noise.posterior, noise.arrival))
 
     def _finish_(
-        self, raw: Tensor, belief: Tensor, posterior: Tensor, state: Tensor, first: Tensor,
-        start: Tensor, noise: Tensor,
+        self, raw: Tensor, belief: Tensor, posterior: Tensor, first: Tensor, start: Tensor,
+        normal: Tensor, noise: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         rssm = self.net.rssm
-        raw, belief, posterior, state, first = (
-            x.transpose(0, 1) for x in (raw, belief, posterior, state, first)
+        raw, belief, posterior, normal, first = (
+            x.transpose(0, 1) for x in (raw, belief, posterior, normal, first)
         )
+        state = rssm.sample(posterior, normal)
         reached = rssm.prior_logits(raw)
         prior = torch.where(first, rssm.prior_logits(start), reached)
         arrival_state = torch.where(first, rssm.sample(reached, noise), state)
-        return belief, state, posterior, prior, torch.cat([raw, arrival_state], -1)
+        return belief, state, posterior, prior, join(raw, arrival_state)
 
     def model_losses(self, batch: Batch, observed: Observed) -> dict[str, Tensor]:
         """Reconstruction, reward, and the KL divergence above the free nats."""
         net = self.net
         target = batch["reward"][:, :-1] * self.reward_multiplier
         kl = net.rssm.kl(observed.posterior, observed.prior)
-        decoded = net.decoder(observed.features)
+        decoded = net.decoder(join(observed.belief, observed.state))
         return {
             "reconstruction": net.decoder.loss(decoded, batch["obs"][:, 1:]).mean(),
             "reward": (net.reward(observed.arrival) - target).square().mean(),
@@ -135,9 +122,9 @@ class LearnerV1(Learner):
         """Imagination with the gradient of every step by the actor.
 
         Returns:
-            features [H+1, M, F] and actions [H, M, A].
+            features [H+1, M, F] (F padded as `join` does it) and actions [H, M, A].
         """
-        features = observed.features.detach().flatten(0, 1)
+        features = join(observed.belief.detach(), observed.state.detach()).flatten(0, 1)
         rows, actions = [features], []
         for normal, other in zip(noise.prior, noise.action, strict=True):
             features, action = self._dream_step(features, normal, other)
@@ -149,11 +136,11 @@ class LearnerV1(Learner):
         self, features: Tensor, normal: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor]:
         rssm = self.frozen.rssm
-        belief, state = features.split([rssm.belief, rssm.state], -1)
+        belief, state = features[:, : rssm.belief], features[:, rssm.belief :]
         action = self.net.actor.sample(*self.net.actor(features), noise)
         belief = rssm.core(belief, state, rssm.project_action(action))
         state = rssm.sample(rssm.prior_logits(belief), normal)
-        return torch.cat([belief, state], -1), action
+        return join(belief, state), action
 
     def _actor_total_(self, features: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The actor's loss, the critic's targets [H, M], metrics."""

@@ -66,14 +66,17 @@ def filled_replay(cfg: Any, widths: tuple[int, int], device: Any) -> Any:
     def records(steps: int) -> TensorDict:
         shape = (envs, steps)
         flags = torch.rand(shape, device=device)
-        classes = (*shape, cfg.model.categoricals)
+        if cfg.model.latent == "gaussian":
+            state = torch.randn(*shape, cfg.model.gaussian, device=device)
+        else:
+            classes = (*shape, cfg.model.categoricals)
+            state = torch.randint(cfg.model.classes, classes, device=device).to(torch.uint8)
         return TensorDict(
             obs=torch.randn(*shape, widths[0], device=device), is_first=flags < 0.01,
             action=torch.randn(*shape, widths[1], device=device).clamp(-1, 1),
             reward=torch.randn(*shape, device=device), terminated=flags < 0.005,
             truncated=(flags >= 0.005) & (flags < 0.01),
-            belief=torch.randn(*shape, cfg.model.belief, device=device),
-            state=torch.randint(cfg.model.classes, classes, device=device).to(torch.uint8),
+            belief=torch.randn(*shape, cfg.model.belief, device=device), state=state,
             version=torch.zeros(shape, dtype=torch.int32, device=device), batch_size=list(shape),
         )  # fmt: skip
 

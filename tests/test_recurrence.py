@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dreamer_isaac.models.gaussian import GaussianRecurrence, GaussianRSSM, elu_backward
 from dreamer_isaac.models.recurrence import Recurrence, norm_silu, norm_silu_backward
-from dreamer_isaac.models.rssm import RSSM
+from dreamer_isaac.models.rssm import RSSM, elu, join, linear
 
 T, B, A, E, D, HIDDEN, S, K = 6, 4, 2, 7, 12, 5, 3, 4
 
@@ -93,3 +94,73 @@ def test_norm_silu_backward_is_its_derivative() -> None:
     grad = torch.randn(3, 8, generator=g, dtype=torch.float64)
     (expected,) = torch.autograd.grad(norm_silu(x, weight), x, grad)
     torch.testing.assert_close(norm_silu_backward(x.detach(), weight, grad), expected)
+
+
+def test_the_gaussian_recurrence_equals_autograd_through_the_sequence() -> None:
+    torch.manual_seed(0)
+    rssm = GaussianRSSM(A, E, D, HIDDEN, S).double()
+    with torch.no_grad():
+        for p in rssm.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    g = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    first = torch.zeros(T, B, 1, dtype=torch.bool)
+    first[0, 0] = first[3, 1] = first[5, 2] = first[2, 2] = True
+    belief, state, normal = draw(B, D), draw(B, S), draw(T, B, S)
+    embeddings, actions = draw(T, B, E), draw(T, B, A)
+    weights = [draw(T, B, D), draw(T, B, D), draw(T, B, 2 * S), draw(T, B, S)]
+    results = []
+    for fast in (False, True):
+        action, embedding = rssm.project_action(actions), rssm.project_embedding(embeddings)
+        args = (belief, state, action, embedding, first, rssm.initial_belief(), normal)
+        if fast:
+            raw, beliefs, posterior = GaussianRecurrence(rssm).unroll(*args)
+            out = (raw, beliefs, posterior, rssm.sample(posterior, normal))
+        else:
+            out = plain(rssm, *args)  # type: ignore[arg-type]
+        total = sum((w * x.sin()).sum() for w, x in zip(weights, out, strict=True))
+        assert isinstance(total, Tensor)
+        names, parameters = zip(*(
+            (k, p) for k, p in rssm.named_parameters() if not k.startswith("prior")), strict=True
+        )  # fmt: skip
+        results.append(([x.detach() for x in out], torch.autograd.grad(total, parameters)))
+    (values, grads), (fast_values, fast_grads) = results
+    for a, b in zip(values, fast_values, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    for name, a, b in zip(names, grads, fast_grads, strict=True):
+        assert a.any(), name
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(13, 6), (16, 8), (13, 1), (16, 24)])
+def test_padded_products_equal_plain_ones(inputs: int, outputs: int) -> None:
+    """Half precision against the plain product of the same numbers, values and gradients."""
+    g = torch.Generator().manual_seed(0)
+    full = [torch.randn(5, inputs, generator=g), torch.randn(outputs, inputs, generator=g),
+            torch.randn(outputs, generator=g)]  # fmt: skip
+    half = [x.bfloat16().requires_grad_() for x in full]
+    full = [x.detach().float().requires_grad_() for x in half]
+    wide = linear(join(half[0]), *half[1:])
+    narrow, expected = linear(*half), torch.nn.functional.linear(*full)
+    assert wide.shape == narrow.shape == expected.shape
+    for out in (wide, narrow):
+        torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
+        grads = torch.autograd.grad(out.float().sin().sum(), half)
+        for mine, theirs in zip(
+            grads, torch.autograd.grad(expected.sin().sum(), full, retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(mine.float(), theirs, rtol=5e-2, atol=5e-2)
+
+
+def test_elu_in_half_precision_and_its_derivative() -> None:
+    x = torch.cat([torch.linspace(-9, 9, 37), torch.tensor([1e-3, -1e-3, 0.0, 300.0, -300.0])])
+    half = x.bfloat16().requires_grad_()
+    wide = half.detach().float().requires_grad_()
+    torch.testing.assert_close(elu(half).float(), elu(wide).detach(), rtol=1e-2, atol=1e-5)
+    (expected,) = torch.autograd.grad(elu(wide).sum(), wide)
+    for mine in (torch.autograd.grad(elu(half).sum(), half)[0],
+                 elu_backward(half.detach(), torch.ones_like(half))):  # fmt: skip
+        torch.testing.assert_close(mine.float(), expected, rtol=1e-2, atol=1e-5)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrl.modules import MLP, DreamerV3MLP, SymExpTwoHot
 
-from dreamer_isaac.models.rssm import full
+from dreamer_isaac.models.rssm import elu, full, linear
 
 
 def symlog(x: Tensor) -> Tensor:
@@ -149,9 +149,17 @@ class Actor(nn.Module):
 # -- the first Dreamer's ---------------------------------------------------------------------------
 
 
-def elu_mlp(inputs: int, outputs: int, units: int, layers: int) -> MLP:
-    """Plain layers with ELU, as the first Dreamer has them."""
-    return MLP(inputs, outputs, depth=layers, num_cells=units, activation_class=nn.ELU)
+class PlainMLP(MLP):
+    """Plain layers with ELU, as the first Dreamer has them; [..., I], or wider with zeros at its
+    end, -> [..., O]."""
+
+    def __init__(self, inputs: int, outputs: int, units: int, layers: int):
+        super().__init__(inputs, outputs, depth=layers, num_cells=units, activation_class=nn.ELU)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        for module in self:
+            x = linear(x, module.weight, module.bias) if isinstance(module, nn.Linear) else elu(x)
+        return x
 
 
 class PlainEncoder(nn.Module):
@@ -159,7 +167,7 @@ class PlainEncoder(nn.Module):
 
     def __init__(self, observation: int, units: int, layers: int):
         super().__init__()
-        self.net = elu_mlp(observation, units, units, layers)
+        self.net = PlainMLP(observation, units, units, layers)
         self.width = units
 
     def forward(self, observation: Tensor) -> Tensor:
@@ -171,7 +179,7 @@ class PlainDecoder(nn.Module):
 
     def __init__(self, features: int, observation: int, units: int, layers: int):
         super().__init__()
-        self.net = elu_mlp(features, observation, units, layers)
+        self.net = PlainMLP(features, observation, units, layers)
 
     def forward(self, features: Tensor) -> Tensor:
         return full(self.net(features))
@@ -190,7 +198,7 @@ class ScalarHead(nn.Module):
 
     def __init__(self, features: int, units: int, layers: int):
         super().__init__()
-        self.net = elu_mlp(features, 1, units, layers)
+        self.net = PlainMLP(features, 1, units, layers)
 
     def forward(self, features: Tensor) -> Tensor:
         return full(self.net(features)).squeeze(-1)
@@ -207,7 +215,7 @@ class TanhActor(nn.Module):
 
     def __init__(self, features: int, action: int, units: int, layers: int):
         super().__init__()
-        self.net = elu_mlp(features, 2 * action, units, layers)
+        self.net = PlainMLP(features, 2 * action, units, layers)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """[..., F] -> mean and std before the tanh: [..., A] each."""

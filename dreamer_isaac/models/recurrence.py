@@ -7,7 +7,7 @@ of them for weights' gradients that could be had for all steps at once. Here
 2. one parallel pass with gradients evaluates the recurrence at all steps, each from the belief and
    state before it as constants. Autograd through it yields the weights' gradients, for all steps
    at once, if it is given the right gradients of its outputs;
-3. `_Couple`, an identity, makes them right: its backward is the loop over time in reverse, which
+3. `Couple`, an identity, makes them right: its backward is the loop over time in reverse, which
    adds to the gradient at each step what comes from the steps after it. Only the derivative by
    belief and state is needed for that, written out in `_step_backward`.
 
@@ -153,7 +153,7 @@ class Recurrence:
             onehot = torch.stack(states[1:])
         parts, belief, hidden, posterior = self.parallel(*previous, action, embedding, first, start)
         saved = [x.detach() for x in (*parts[:4], hidden, posterior, previous[0], first)]
-        raw, belief, posterior = _Couple.apply(parts.raw, belief, posterior, self, weights, *saved)  # type: ignore[misc]
+        raw, belief, posterior = Couple.apply(parts.raw, belief, posterior, self, weights, *saved)  # type: ignore[misc]
         return Unrolled(raw, belief, posterior, onehot)
 
     def _action_share(self, action: Tensor) -> Tensor:
@@ -302,8 +302,9 @@ class Recurrence:
         return torch.stack(of_belief[::-1]), torch.stack(of_posterior[::-1])
 
 
-class _Couple(torch.autograd.Function):
-    """Identity on (raw, belief, posterior); its backward couples the steps (module docstring)."""
+class Couple(torch.autograd.Function):
+    """Identity on (raw, belief, posterior); its backward, `recurrence.couple`, couples the steps
+    (module docstring)."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -311,8 +312,8 @@ class _Couple(torch.autograd.Function):
         raw: Tensor,
         belief: Tensor,
         posterior: Tensor,
-        recurrence: Recurrence,
-        weights: Weights,
+        recurrence: Any,
+        weights: Any,
         *saved: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.recurrence, ctx.weights = recurrence, weights

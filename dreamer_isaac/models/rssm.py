@@ -27,6 +27,49 @@ def full(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` for widths that are no multiple of 8: in half precision they are padded with
+    zeros, because the fast tensor-core kernels want rows that start at multiples of 16 bytes (a
+    product over 230 columns takes three times as long as one over 232). One output in half
+    precision is no product but a sum, in float32.
+
+    Args:
+        x: [..., I], or wider: with zeros at its end. weight: [O, I]. bias: [O].
+    """
+    outputs, inputs = weight.shape
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return F.linear(x[..., :inputs], weight, bias)
+    width = max(x.shape[-1], inputs + -inputs % 8)
+    x = F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
+    more = -outputs % 8 if outputs > 1 else 0
+    weight = F.pad(weight, (0, width - inputs, 0, more)) if width > inputs or more else weight
+    if outputs == 1:
+        out = (full(x) * full(weight)).sum(-1, keepdim=True)
+        return out if bias is None else out + full(bias)
+    if bias is not None and more:
+        bias = F.pad(bias, (0, more))
+    return F.linear(x, weight, bias)[..., :outputs]
+
+
+def join(*parts: Tensor) -> Tensor:
+    """[..., a], [..., b], ... -> [..., a + b + ...], in half precision with zeros up to a multiple
+    of 8 (see `linear`)."""
+    first = parts[0]
+    more = -sum(x.shape[-1] for x in parts) % 8
+    if more and first.dtype in (torch.bfloat16, torch.float16):
+        parts = (*parts, first.new_zeros(*first.shape[:-1], more))
+    return torch.cat(parts, -1)
+
+
+def elu(x: Tensor) -> Tensor:
+    """ELU. In half precision without expm1, whose last digits are rounded off anyway and which
+    takes longer than the memory needs."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return F.elu(x)
+    wide = x.float()
+    return torch.where(wide > 0, wide, wide.clamp_max(0).exp() - 1).to(x.dtype)
+
+
 def init_linear(module: nn.Module, scale: float = 1.0) -> None:
     """The reference's initialisation: truncated normal of variance 1/fan_in, zero bias.
 
