@@ -90,6 +90,9 @@ class CompileConfig:
     """Compile the time steps of the loops and what lies between them (torch.compile)."""
     cudagraph: Literal["auto", "true", "false"] = "auto"
     """Capture the whole update in one CUDA graph. `true` needs a GPU."""
+    kernels: Literal["auto", "true", "false"] = "auto"
+    """DreamerV3's recurrence in Triton kernels of our own where they fit the model and there are no
+    more than 64 sequences in a batch. `true` needs a GPU."""
 
 
 @dataclass

@@ -17,12 +17,13 @@ Where the formulas differ from TorchRL's `DreamerV3Loss` and the reference on pu
 * **Reset.** The state at `is_first` starts from core(0, 0, 0), computed once per update instead of
   zeroing the inputs of every step; the result is the same.
 
-Three switches change how the update is executed and nothing else:
+Four switches change how the update is executed and nothing else:
 
 * `optimization.autocast=bfloat16`: networks run on a copy of the weights in that type, made once an
   update; master weights, optimiser, noise and losses stay float32.
 * `optimization.compile.enabled`: the time step of each loop, and what lies between the loops, are
   compiled (never the unrolled sequence: seconds instead of minutes).
+* `optimization.compile.kernels`: small batches' recurrence runs in fused kernels (kernels.py).
 * `optimization.compile.cudagraph`: the whole update is captured in one CUDA graph.
 """
 
@@ -149,6 +150,8 @@ class Learner:
         """The networks that the update runs: `agent`, or its copy in half precision."""
         self.working = flatten(self.net.parameters(), half) if half else self.flat
         self.wrap = wrap
+        kernels = optimization.compile.kernels
+        self._kernels = kernels == "true" or (kernels == "auto" and wrap is compile_function)
         self.optimizer = self._make_optimizer(optimization)
         self._slow: list[Tensor] = list(agent.slow_critic.parameters())
         self._critic: list[Tensor] = list(agent.critic.parameters())
@@ -175,7 +178,12 @@ class Learner:
     def _prepare(self) -> None:
         """The functions that are compiled."""
         wrap = self.wrap
-        self.recurrence = Recurrence(self.net.rssm, wrap)
+        kind = Recurrence
+        if self._kernels and self.device.type == "cuda":
+            from dreamer_isaac.models.kernels import FusedRecurrence  # needs Triton
+
+            kind = FusedRecurrence
+        self.recurrence = kind(self.net.rssm, wrap)
         self._encode, self._finish = wrap(self._encode_), wrap(self._finish_)
         self._imagine_step = wrap(self._imagine_step_)
         self._model_total = wrap(self._model_total_)

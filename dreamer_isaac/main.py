@@ -103,9 +103,10 @@ def devices(cfg: Config) -> tuple[torch.device, torch.device]:
     if sim != learn and cfg.checkpoint.exact:
         raise ConfigError(["checkpoint.exact=true needs one device. Remedy: optimization.device="
                            f"{sim}."])  # fmt: skip
-    if learn.type != "cuda" and cfg.optimization.compile.cudagraph == "true":
-        raise ConfigError(["optimization.compile.cudagraph=true needs a GPU. Remedy: optimization."
-                           "compile.cudagraph=auto."])  # fmt: skip
+    for key in ("cudagraph", "kernels"):
+        if learn.type != "cuda" and getattr(cfg.optimization.compile, key) == "true":
+            name = f"optimization.compile.{key}"
+            raise ConfigError([f"{name}=true needs a GPU. Remedy: {name}=auto."])
     return sim, learn
 
 

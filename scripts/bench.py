@@ -115,6 +115,7 @@ def work(cfg: Any) -> dict[str, Any]:
         "algo": cfg.algo.name, "size": cfg.model.size, "B": rb.batch_size // rb.batch_length,
         "T": rb.batch_length, "H": cfg.algo.horizon, "autocast": opt.autocast,
         "compile": opt.compile.enabled, "cudagraph": opt.compile.cudagraph,
+        "kernels": opt.compile.kernels,
     }  # fmt: skip
 
 

@@ -139,22 +139,34 @@ class Recurrence:
             share = self.action_share(action)
             constant = embedding.detach()
             origin = start.detach()
-            before = F.linear(belief, weights.on_belief[: len(weights.belief_bias)])
-            before = before + weights.belief_bias
-            beliefs, states = [belief], [state]
-            for t in range(len(first)):
-                belief, before, state = self.step(
-                    weights, belief, before, state, share[t], constant[t], first[t], origin,
-                    uniform[t],
-                )  # fmt: skip
-                beliefs.append(belief)
-                states.append(state)
-            previous = torch.stack(beliefs[:-1]), torch.stack(states[:-1])
-            onehot = torch.stack(states[1:])
+            beliefs, states = self.filter(
+                weights, belief, state, share, constant, first, origin, uniform
+            )
+            previous, onehot = (beliefs[:-1], states[:-1]), states[1:]
         parts, belief, hidden, posterior = self.parallel(*previous, action, embedding, first, start)
         saved = [x.detach() for x in (*parts[:4], hidden, posterior, previous[0], first)]
         raw, belief, posterior = Couple.apply(parts.raw, belief, posterior, self, weights, *saved)  # type: ignore[misc]
         return Unrolled(raw, belief, posterior, onehot)
+
+    def filter(
+        self, weights: Weights, belief: Tensor, state: Tensor, share: Tensor, embedding: Tensor,
+        first: Tensor, start: Tensor, uniform: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The first loop.
+
+        Returns:
+            beliefs [T+1, B, D] and states [T+1, B, S*K], those given first.
+        """
+        before = F.linear(belief, weights.on_belief[: len(weights.belief_bias)])
+        before = before + weights.belief_bias
+        beliefs, states = [belief], [state]
+        for t in range(len(first)):
+            belief, before, state = self.step(
+                weights, belief, before, state, share[t], embedding[t], first[t], start, uniform[t]
+            )
+            beliefs.append(belief)
+            states.append(state)
+        return torch.stack(beliefs), torch.stack(states)
 
     def _action_share(self, action: Tensor) -> Tensor:
         """[T, B, hidden] -> [T, B, D]: what the action adds to the first block layer."""

@@ -1,0 +1,143 @@
+"""PPO of rsl_rl on an embedded task, as a yardstick: `python scripts/ppo.py --task Isaac-Ant-v0`.
+
+The hyperparameters are those that Isaac Lab ships for its Ant. Writes `curve.csv` (frames, seconds
+since the first env step, mean return of the last N finished episodes, N envs) and `result.json`
+with a deterministic evaluation, as `dreamer_isaac.py` reports its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+ANT = {
+    "num_steps_per_env": 32, "save_interval": 10**9, "check_for_nan": False,
+    "obs_groups": {"actor": ["policy"], "critic": ["policy"]}, "logger": "tensorboard",
+    "actor": {
+        "class_name": "MLPModel", "hidden_dims": [400, 200, 100], "activation": "elu",
+        "obs_normalization": False,
+        "distribution_cfg": {"class_name": "GaussianDistribution", "init_std": 1.0,
+                             "std_type": "scalar"},
+    },
+    "critic": {"class_name": "MLPModel", "hidden_dims": [400, 200, 100], "activation": "elu",
+               "obs_normalization": False},
+    "algorithm": {
+        "class_name": "PPO", "value_loss_coef": 1.0, "use_clipped_value_loss": True,
+        "clip_param": 0.2, "entropy_coef": 0.0, "num_learning_epochs": 5, "num_mini_batches": 4,
+        "learning_rate": 5e-4, "schedule": "adaptive", "gamma": 0.99, "lam": 0.95,
+        "desired_kl": 0.01, "max_grad_norm": 1.0, "rnd_cfg": None, "symmetry_cfg": None,
+    },
+}  # fmt: skip
+"""Isaac Lab 3.0, `AntPPORunnerCfg`."""
+
+
+class TimeUp(Exception):
+    """The run has had its seconds."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", default="Isaac-Ant-v0")
+    parser.add_argument("--num-envs", type=int, default=4096)
+    parser.add_argument("--seconds", type=float, default=600.0, help="from the first env step on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("runs/ppo"))
+    arguments = parser.parse_args()
+
+    from dreamer_isaac.cli import compose
+
+    cfg = compose([
+        f"env.name={arguments.task}", f"env.num_envs={arguments.num_envs}",
+        f"env.seed={arguments.seed}", "evaluation.num_envs=0",
+        f"collector.frames_per_batch={arguments.num_envs}",
+    ])  # fmt: skip
+    import torch
+    from mjlab.rl import RslRlVecEnvWrapper
+    from rsl_rl.runners import OnPolicyRunner
+    from torch import Tensor
+
+    from dreamer_isaac.collect import EpisodeStats
+    from dreamer_isaac.envs.mjlab import make_mjlab
+    from dreamer_isaac.main import seed_everything, versions
+
+    logging.disable(logging.INFO)
+    auto = "cuda:0" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if arguments.device == "auto" else arguments.device)
+    seed_everything(arguments.seed)
+    sim: Any = make_mjlab(cfg, device, render=False)
+    seed_everything(arguments.seed)
+    stats = EpisodeStats(arguments.num_envs, device)
+    points: list[tuple[int, float, Tensor]] = []
+
+    class Timed(RslRlVecEnvWrapper):
+        """Counts frames and episodes, and ends the run."""
+
+        steps = 0
+        started = 0.0
+
+        def step(self, actions: Tensor) -> Any:
+            if not self.started:
+                self.started = time.monotonic()
+            out = super().step(actions)
+            stats.update(out[1], out[2].bool())
+            self.steps += 1
+            if self.steps % ANT["num_steps_per_env"] == 0:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                spent = time.monotonic() - self.started
+                points.append((self.steps * self.num_envs, spent, stats.summary()))
+                if spent > arguments.seconds:
+                    raise TimeUp
+            return out
+
+    env = Timed(sim.sim, clip_actions=cfg.env.action_bound)
+    runner = OnPolicyRunner(env, ANT, None, str(device))
+    with contextlib.suppress(TimeUp):
+        runner.learn(10**9, init_at_random_ep_len=False)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with open(arguments.out / "curve.csv", "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["frames", "seconds", "return", "length", "episodes"])
+        for frames, seconds, summary in points:
+            mean, length, count = summary.tolist()
+            writer.writerow([frames, round(seconds, 3), round(mean, 4), round(length, 2), count])
+
+    policy = runner.get_inference_policy(device=str(device))
+    returns = evaluate(env, policy, torch)
+    result = {
+        "algorithm": "PPO (rsl_rl)", "task": arguments.task, "num_envs": arguments.num_envs,
+        "seed": arguments.seed, "frames": points[-1][0], "seconds": points[-1][1],
+        "training_return": float(points[-1][2][0]), "evaluation": {
+            "return_mean": float(returns.mean()), "episodes": len(returns),
+            "return_stderr": float(returns.std() / len(returns) ** 0.5),
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": versions(),
+    }  # fmt: skip
+    (arguments.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+def evaluate(env: Any, policy: Any, torch: Any) -> Any:
+    """The return of the first whole episode of every env, actions without noise."""
+    envs = env.num_envs
+    total = torch.zeros(envs, device=env.device)
+    running = torch.ones(envs, dtype=torch.bool, device=env.device)
+    with torch.inference_mode():
+        obs, _ = env.reset()
+        for _ in range(int(env.max_episode_length)):
+            obs, reward, done, _ = super(type(env), env).step(policy(obs))
+            total += reward * running
+            running &= ~done.bool()
+    return total
+
+
+if __name__ == "__main__":
+    main()

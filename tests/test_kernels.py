@@ -1,0 +1,94 @@
+"""The fused kernels against the plain recurrence. Without a GPU Triton's interpreter runs them."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+pytest.importorskip("triton", reason="triton is not installed (it comes with CUDA builds of torch)")
+
+from dreamer_isaac.models import kernels
+from dreamer_isaac.models.kernels import FusedRecurrence
+from dreamer_isaac.models.recurrence import Recurrence
+from dreamer_isaac.models.rssm import RSSM
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+A, E, D, HIDDEN, S, K, BLOCKS = 3, 7, 64, 16, 6, 16, 2
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "DEPTH", 16)
+
+
+def run(kind: type[Recurrence], rows: int, steps: int, dtype: torch.dtype) -> list[Tensor]:
+    """Values of every output, then the gradient of every parameter."""
+    torch.manual_seed(0)
+    rssm = RSSM(A, E, D, HIDDEN, S, K, blocks=BLOCKS, unimix=0.01)
+    with torch.no_grad():
+        for p in rssm.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    rssm = rssm.to(DEVICE, dtype)
+
+    def draw(*shape: int, to: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape).to(DEVICE, to)
+
+    first = (torch.rand(steps, rows, 1) < 0.2).to(DEVICE)
+    onehot = torch.nn.functional.one_hot(torch.randint(K, (rows, S)), K).flatten(1)
+    belief, state = draw(rows, D), onehot.to(DEVICE, dtype)
+    embeddings, actions = draw(steps, rows, E), draw(steps, rows, A)
+    uniform = torch.rand(steps, rows, S).to(DEVICE)
+    weights = [draw(steps, rows, n, to=torch.float32) for n in (D, D, S * K, S * K)]
+    action, embedding = rssm.project_action(actions), rssm.project_embedding(embeddings)
+    if kind is FusedRecurrence:
+        assert kernels.fits(rssm, rows)
+    u = kind(rssm).unroll(belief, state, action, embedding, first, rssm.initial_belief(), uniform)
+    sampled = rssm.straight_through(u.onehot, rssm.probs(u.posterior))
+    out = [u.raw, u.belief, u.posterior.flatten(2), sampled]
+    total = sum((w * x.float().sin()).sum() for w, x in zip(weights, out, strict=True))
+    assert isinstance(total, Tensor)
+    parameters = [p for k, p in rssm.named_parameters() if not k.startswith("prior")]
+    return [*(x.detach() for x in out), *torch.autograd.grad(total, parameters)]
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(16, 4), (5, 3), (20, 2)])
+def test_float32(rows: int, steps: int) -> None:
+    plain, fused = (run(k, rows, steps, torch.float32) for k in (Recurrence, FusedRecurrence))
+    for i, (a, b) in enumerate(zip(plain, fused, strict=True)):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4 * float(a.abs().max()), msg=str(i))
+
+
+# Triton's interpreter multiplies the bits of bfloat16 numbers as if they were integers.
+HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
+
+
+def test_half_precision() -> None:
+    """As near to the plain recurrence in float32 as the plain one in half precision is."""
+    exact, plain, fused = (
+        run(k, 16, 3, t)
+        for k, t in ((Recurrence, torch.float32), (Recurrence, HALF), (FusedRecurrence, HALF))
+    )
+    # With the same draws; where rounding changed one, what follows it is another state.
+    assert (plain[3].float().round() == fused[3].float().round()).float().mean() > 0.98
+    for a, b, c in zip(exact, plain, fused, strict=True):
+        near, mine = (float((x.float() - a).norm()) for x in (b, c))
+        assert mine < 2 * near + 0.02 * float(a.norm())
+
+
+def test_a_model_or_batch_that_does_not_fit_is_left_to_the_plain_loops() -> None:
+    rssm = RSSM(A, E, D, HIDDEN, S, 8, blocks=BLOCKS, unimix=0.01)
+    assert not kernels.fits(rssm, 16)  # 8 classes are no tile
+    assert not kernels.fits(RSSM(A, E, D, HIDDEN, S, K, BLOCKS, 0.01), kernels.MOST_ROWS + 1)
+
+
+def test_the_interpreter_is_what_runs_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above can fail: a wrong kernel gives another result."""
+    right = run(FusedRecurrence, 4, 2, torch.float32)
+    monkeypatch.setattr(kernels, "NORM_EPS", 0.5)
+    wrong = run(FusedRecurrence, 4, 2, torch.float32)
+    assert not torch.allclose(right[0], wrong[0], atol=1e-3)
