@@ -225,8 +225,9 @@ class Collector:
         """Hand records to the sink; returns the frames that they come from."""
         raise NotImplementedError
 
-    def publish(self, version: int) -> None:
-        """Offer the learner's weights as they are now."""
+    def publish(self, version: int) -> bool:
+        """Offer the learner's weights as they are now; False where the last ones have not been
+        taken yet."""
         raise NotImplementedError
 
     @property
@@ -335,8 +336,9 @@ class Sync(Collector):
         self.sink(self.collect())
         return self.frames - before
 
-    def publish(self, version: int) -> None:
+    def publish(self, version: int) -> bool:
         self.version = version
+        return True
 
 
 @dataclass
@@ -351,14 +353,15 @@ class _Parcel:
 
 
 class Mailbox:
-    """One slot for weights. The newest wins; they are taken whole, between two env steps.
+    """One slot for weights; they are taken whole, between two env steps.
 
     Args:
         source: the learner's flat weights. target: the acting networks', on their device.
 
-    Both sides only enqueue work. On GPUs the learner's stream makes a snapshot, streams of their
-    own carry it to the slot on the acting device, and events keep each buffer from being written
-    before it has been read.
+    Both sides only enqueue work and never wait. On GPUs the learner's stream makes a snapshot and
+    streams of their own carry it to the slot on the acting device. It counts as there when it has
+    arrived: were it taken before, the simulator's stream would stand still until the learner's has
+    come to the snapshot, behind the updates that are queued there.
     """
 
     def __init__(self, source: Tensor, target: Tensor):
@@ -372,34 +375,35 @@ class Mailbox:
             self.send, self.receive = (torch.cuda.Stream(t.device) for t in (source, target))
             self.arrived, self.taken = torch.cuda.Event(), torch.cuda.Event()
 
-    def put(self, version: int) -> None:
-        """Called by the learner's thread."""
+    def put(self, version: int) -> bool:
+        """Called by the learner's thread. On a GPU a full slot stays as it is; returns whether
+        these weights are in it. On a CPU the newest win."""
         with self.lock:
-            if self.on_gpu:
+            if not self.on_gpu:
+                self.slot.copy_(self.source)
+            elif self.version is not None:
+                return False
+            else:
                 here = torch.cuda.current_stream(self.source.device)
-                here.wait_event(self.arrived)  # the snapshot before has left
                 self.snapshot.copy_(self.source)
                 self.send.wait_stream(here)
-                self.send.wait_event(self.taken)
+                self.send.wait_event(self.taken)  # the slot before has been read
                 # A copy between GPUs waits for the current streams of both: neither may be one
                 # on which the learner or the simulator has work.
                 with torch.cuda.stream(self.receive), torch.cuda.stream(self.send):
                     self.slot.copy_(self.snapshot, non_blocking=True)
                 self.arrived.record(self.send)
-            else:
-                self.slot.copy_(self.source)
             self.version = version
+            return True
 
     def take(self) -> int | None:
         """Called by the collector's thread: load new weights; returns their version, or None."""
-        if self.version is None:
+        if self.version is None or (self.on_gpu and not self.arrived.query()):
             return None
         with self.lock:
             if self.on_gpu:
-                here = torch.cuda.current_stream(self.target.device)
-                here.wait_event(self.arrived)
                 self.target.copy_(self.slot)
-                self.taken.record(here)
+                self.taken.record(torch.cuda.current_stream(self.target.device))
             else:
                 self.target.copy_(self.slot)
             version, self.version = self.version, None
@@ -496,8 +500,8 @@ class Thread(Collector):
         self._delivered = parcel.totals
         return parcel.frames
 
-    def publish(self, version: int) -> None:
-        self.mailbox.put(version)
+    def publish(self, version: int) -> bool:
+        return self.mailbox.put(version)
 
     def _latest_totals(self) -> Tensor:
         return self._delivered

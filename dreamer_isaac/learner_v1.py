@@ -10,14 +10,16 @@ one after the other within an update; arrivals at an episode's end are trained a
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dreamer_isaac.config import OptimizationConfig
 from dreamer_isaac.learner import Batch, Learner, Noise, Observed, lambda_return
-from dreamer_isaac.models.gaussian import GaussianRecurrence
-from dreamer_isaac.models.rssm import join
+from dreamer_isaac.models.gaussian import Filtered, GaussianRecurrence, elu_backward
+from dreamer_isaac.models.rssm import elu, full, join, linear
 from dreamer_isaac.optim import FlatOptimizer, GroupAdam
 
 
@@ -45,6 +47,9 @@ class LearnerV1(Learner):
         self._dream_step = wrap(self._dream_step_)
         self._actor_total = wrap(self._actor_total_)
         self._critic_total = wrap(self._critic_total_)
+        self._value = wrap(self._value_)
+        self._value_by_states = wrap(self._value_by_states_)
+        self._value_by_weights = wrap(self._value_by_weights_)
 
     def scales(self) -> dict[str, float]:
         a = self.algo
@@ -58,35 +63,62 @@ class LearnerV1(Learner):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Observed]:
         observed = self.observe(batch, noise)
         _, losses = self._model_total_(batch, observed)
-        features, _ = self.dream(observed, noise)
-        actor, targets, metrics = self._actor_total_(features)
-        critic = self._critic_total_(features[:-1].detach(), targets)
+        features = self.dream(*self._starts(observed.belief, observed.state), noise)
+        actor, targets, metrics = self._actor_total_(features, self.frozen.critic(features[1:]))
+        critic = self._critic_total_(self.net.critic(features[:-1].detach()), targets)
         return losses | {"actor": actor, "critic": critic}, metrics, observed
 
     def _gradients(
         self, batch: Batch, noise: Noise
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Observed]:
-        observed = self.observe(batch, noise)
+        # The world model's small kernels run beside the imagination's large ones: all of it,
+        # forward too, on the other stream, because a backward runs where its forward ran.
         with self._beside():
-            # The actor does not wait for this, and shares none of its gradients.
+            inputs = self._inputs(batch)
+            filtered = self.recurrence.filter(*(x.detach() for x in inputs), noise.posterior)
+        self._join()
+        with self._beside():
+            observed = self._observed(filtered, inputs, noise)
             total, losses = self._model_total(batch, observed)
             total.backward()
-        features, _ = self.dream(observed, noise)
-        actor, targets, metrics = self._actor_total(features)
-        actor.backward()
-        critic = self._critic_total(features[:-1].detach(), targets)
-        critic.backward()
+        found = (x[1:].transpose(0, 1) for x in (filtered.beliefs, filtered.states))
+        features = self.dream(*self._starts(*found), noise)
+        actor, critic, metrics = self._behaviour_gradients(features)
         self._join()
         losses = losses | {"actor": actor, "critic": critic}
         total = torch.stack([total, actor, critic]).detach().sum()
         return total, losses, metrics, observed
 
+    def _behaviour_gradients(self, features: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Leaves the actor's and the critic's gradients in `net`. The actor's loss and the critic's
+        both evaluate the critic on the imagined states: once is enough, with one derivative by the
+        states and one by the weights."""
+        constant = features.detach()
+        value, *hidden = self._value(constant)
+        later, now = (x.detach().requires_grad_() for x in (value[1:], value[:-1]))
+        actor, targets, metrics = self._actor_total(features, later)
+        by_features, by_value = torch.autograd.grad(actor, [features, later])
+        by_features = self._value_by_states(by_features, by_value, [z[1:] for z in hidden])
+        features.backward(by_features)
+        critic = self._critic_total(now, targets)
+        (by_value,) = torch.autograd.grad(critic, [now])
+        grads = self._value_by_weights(by_value, constant[:-1], [z[:-1] for z in hidden])
+        for parameter, grad in zip(self.net.critic.parameters(), grads, strict=True):
+            parameter.grad = grad
+        return actor, critic, metrics
+
     # -- world model ---------------------------------------------------------------------------
 
     def observe(self, batch: Batch, noise: Noise) -> Observed:
-        belief, state, action, embedding, first, start = self._inputs(batch)
-        unrolled = self.recurrence.unroll(
-            belief, state, action, embedding, first, start, noise.posterior
+        inputs = self._inputs(batch)
+        filtered = self.recurrence.filter(*(x.detach() for x in inputs), noise.posterior)
+        return self._observed(filtered, inputs, noise)
+
+    def _observed(self, filtered: Filtered, inputs: tuple[Tensor, ...], noise: Noise) -> Observed:
+        """What the filtered states are to the losses; `inputs` are `_inputs`."""
+        action, embedding, first, start = inputs[2:]
+        unrolled = self.recurrence.couple_steps(
+            filtered, action, embedding, first, start, noise.posterior
         )
         return Observed(*self._finish(*unrolled, first, start, noise.posterior, noise.arrival))
 
@@ -118,33 +150,44 @@ class LearnerV1(Learner):
 
     # -- behaviour -----------------------------------------------------------------------------
 
-    def dream(self, observed: Observed, noise: Noise) -> tuple[Tensor, Tensor]:
+    def _starts(self, belief: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, ...] -> [B*T, ...], constants."""
+        return belief.detach().flatten(0, 1), state.detach().flatten(0, 1)
+
+    def dream(self, belief: Tensor, state: Tensor, noise: Noise) -> Tensor:
         """Imagination with the gradient of every step by the actor.
 
+        Args:
+            belief: [M, D]. state: [M, S], or with zeros at its end.
+
         Returns:
-            features [H+1, M, F] (F padded as `join` does it) and actions [H, M, A].
+            features [H+1, M, F], F padded as `join` does it.
         """
-        features = join(observed.belief.detach(), observed.state.detach()).flatten(0, 1)
-        rows, actions = [features], []
+        rssm = self.frozen.rssm
+        features = join(belief, state[:, : rssm.state])
+        weights = rssm.joined()
+        rows = [features]
         for normal, other in zip(noise.prior, noise.action, strict=True):
-            features, action = self._dream_step(features, normal, other)
+            features = self._dream_step(features, normal, other, *weights)
             rows.append(features)
-            actions.append(action)
-        return torch.stack(rows), torch.stack(actions)
+        return torch.stack(rows)
 
     def _dream_step_(
-        self, features: Tensor, normal: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, features: Tensor, normal: Tensor, noise: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
         rssm = self.frozen.rssm
         belief, state = features[:, : rssm.belief], features[:, rssm.belief :]
         action = self.net.actor.sample(*self.net.actor(features), noise)
-        belief = rssm.core(belief, state, rssm.project_action(action))
+        belief = rssm.core_joined(belief, state, action, weight, bias)
         state = rssm.sample(rssm.prior_logits(belief), normal)
-        return join(belief, state), action
+        return join(belief, state)
 
-    def _actor_total_(self, features: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The actor's loss, the critic's targets [H, M], metrics."""
-        reward, value = self.frozen.reward(features[1:]), self.frozen.critic(features[1:])
+    def _actor_total_(
+        self, features: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The actor's loss, the critic's targets [H, M], metrics, from features [H+1, M, F] and
+        the value [H, M] of all but the first."""
+        reward = self.frozen.reward(features[1:])
         gamma = 1 - 1 / self.algo.discount_horizon
         discount = torch.full_like(value, gamma)
         returns = lambda_return(reward, value, discount, self.algo.lmbda, dim=0)
@@ -155,10 +198,52 @@ class LearnerV1(Learner):
         }  # fmt: skip
         return loss, returns.detach(), metrics
 
-    def _critic_total_(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Squared error of the value of the states before, [H, M, F] and [H, M]."""
-        error = (self.net.critic(features) - targets).square()
-        return (self._weights(targets) * error).sum(0).mean()
+    def _critic_total_(self, value: Tensor, targets: Tensor) -> Tensor:
+        """Squared error of the value of the states before, [H, M] each."""
+        return (self._weights(targets) * (value - targets).square()).sum(0).mean()
+
+    # -- the critic, differentiated by hand ----------------------------------------------------
+
+    def _critic_layers(self) -> list[Any]:
+        return [m for m in self.net.critic.net if hasattr(m, "weight")]
+
+    def _value_(self, features: Tensor) -> tuple[Tensor, ...]:
+        """[..., F] -> the value [...], and the hidden layers' pre-activations."""
+        *layers, last = self._critic_layers()
+        x, hidden = features, []
+        for layer in layers:
+            hidden.append(linear(x, layer.weight, layer.bias))
+            x = elu(hidden[-1])
+        return full(linear(x, last.weight, last.bias)).squeeze(-1), *hidden
+
+    def _value_by_states_(self, given: Tensor, grad: Tensor, hidden: list[Tensor]) -> Tensor:
+        """Adds the value's gradient, `grad` [H, M] times its derivative by features[1:], to `given`
+        [H+1, M, F]."""
+        *layers, last = self._critic_layers()
+        x = grad.unsqueeze(-1) * full(last.weight)
+        for layer, z in zip(reversed(layers), reversed(hidden), strict=True):
+            x = elu_backward(z, x)
+            more = given.shape[-1] - layer.weight.shape[1] if layer is layers[0] else 0
+            x = x @ F.pad(layer.weight, (0, more))
+        return given + F.pad(x, (0, 0, 0, 0, 1, 0))
+
+    def _value_by_weights_(
+        self, grad: Tensor, features: Tensor, hidden: list[Tensor]
+    ) -> list[Tensor]:
+        """The gradients of the critic's parameters, in their order."""
+        *layers, last = self._critic_layers()
+        inputs = [features, *(elu(z) for z in hidden)]
+        x = (grad.unsqueeze(-1) * full(last.weight)).to(features.dtype)
+        dense = grad.flatten().unsqueeze(0).to(features.dtype)
+        out = [(dense @ inputs[-1].flatten(0, 1)), grad.sum().unsqueeze(0)]
+        for i in reversed(range(len(layers))):
+            x = elu_backward(hidden[i], x)
+            by_weight = x.flatten(0, 1).T @ inputs[i].flatten(0, 1)
+            width = layers[i].weight.shape[1]
+            out = [by_weight[:, :width], full(x).sum((0, 1)), *out]
+            if i:
+                x = x @ layers[i].weight
+        return [g.to(features.dtype) for g in out]
 
     def _weights(self, like: Tensor) -> Tensor:
         """1, gamma, gamma^2, ...: [H, 1]."""

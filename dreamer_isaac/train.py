@@ -346,9 +346,8 @@ def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
                 if collector.pending:
                     break
             collector.allow(run.limiter.allowance(run.frames))
-            if learner.updates > published:
+            if learner.updates > published and collector.publish(learner.updates):
                 published = learner.updates
-                collector.publish(published)
 
             limit = learner.updates >= most
             done = run.frames >= cfg.collector.total_frames or bool(stop.number) or limit

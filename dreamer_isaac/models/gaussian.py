@@ -85,6 +85,31 @@ class GaussianRSSM(nn.Module):
         raw = ((1 - update) * new + update * full(belief)).to(belief.dtype)
         return GaussianParts(joint, ours, theirs, raw)
 
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """The GRU's weights as one product over [input, belief] with 4D outputs instead of two with
+        3D each: reset, update, and both shares of the candidate. [4D, hidden + D] and [4D]."""
+        r = self.rnn
+        reset, update, ours = r.weight_ih.chunk(3)
+        reset_h, update_h, theirs = r.weight_hh.chunk(3)
+        rows = [
+            torch.cat([reset, reset_h], 1), torch.cat([update, update_h], 1),
+            torch.cat([ours, torch.zeros_like(theirs)], 1),
+            torch.cat([torch.zeros_like(ours), theirs], 1),
+        ]  # fmt: skip
+        shared, last = 2 * self.belief, (r.bias_ih[2 * self.belief :], r.bias_hh[2 * self.belief :])
+        return torch.cat(rows), torch.cat([r.bias_ih[:shared] + r.bias_hh[:shared], *last])
+
+    def core_joined(
+        self, belief: Tensor, state: Tensor, action: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        """`core` of an action itself [N, A], with the weights as `joined` has them."""
+        both = join(state[..., : self.state], action.to(self.dtype))
+        joint = linear(both, self.joint_in.weight, self.joint_in.bias)
+        four = full(linear(torch.cat([elu(joint), belief], -1), weight, bias)).chunk(4, -1)
+        reset, update = torch.sigmoid(four[0]), torch.sigmoid(four[1])
+        new = torch.tanh(four[2] + reset * four[3])
+        return ((1 - update) * new + update * full(belief)).to(belief.dtype)
+
     @staticmethod
     def gates(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[..., 3D] twice -> reset, update and the candidate, [..., D] each."""
@@ -163,6 +188,16 @@ class GaussianWeights(NamedTuple):
     out_bias: Tensor
 
 
+class Filtered(NamedTuple):
+    """What the loop without gradients found."""
+
+    weights: GaussianWeights
+    beliefs: Tensor
+    """[T+1, B, D], the given one first."""
+    states: Tensor
+    """[T+1, B, S], S padded."""
+
+
 class GaussianRecurrence:
     """The two loops of `recurrence.Recurrence` for the Gaussian RSSM.
 
@@ -192,32 +227,38 @@ class GaussianRecurrence:
             out_bias=F.pad(r.posterior[2].bias, (0, rows)),
         )  # fmt: skip
 
-    def unroll(
+    def filter(
         self, belief: Tensor, state: Tensor, action: Tensor, embedding: Tensor, first: Tensor,
         start: Tensor, normal: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Filter T steps; the arguments are `Recurrence.unroll`'s.
-
-        Returns:
-            raw and belief [T, B, D], posterior [T, B, 2S].
-        """
+    ) -> Filtered:  # fmt: skip
+        """The first loop, T steps without gradients; the arguments are `Recurrence.unroll`'s."""
         with torch.no_grad():
             weights = self.weights()
-            moved, constant, origin = action.detach(), embedding.detach(), start.detach()
             state = join(state)
             theirs = F.linear(belief, weights.on_belief[: len(weights.gates_bias)])
             beliefs, states = [belief], [state]
             for t in range(len(first)):
                 belief, theirs, state = self.step(
-                    weights, belief, theirs, state, moved[t], constant[t], first[t], origin,
+                    weights, belief, theirs, state, action[t], embedding[t], first[t], start,
                     normal[t],
                 )  # fmt: skip
                 beliefs.append(belief)
                 states.append(state)
-            previous = torch.stack(beliefs[:-1]), torch.stack(states[:-1])
+            return Filtered(weights, torch.stack(beliefs), torch.stack(states))
+
+    def couple_steps(
+        self, filtered: Filtered, action: Tensor, embedding: Tensor, first: Tensor, start: Tensor,
+        normal: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """The parallel pass over what `filter` found, with gradients.
+
+        Returns:
+            raw and belief [T, B, D], posterior [T, B, 2S].
+        """
+        previous = filtered.beliefs[:-1], filtered.states[:-1]
         parts, belief, hidden, posterior = self.parallel(*previous, action, embedding, first, start)
         saved = [x.detach() for x in (*parts[:3], hidden, posterior, previous[0], first, normal)]
-        return Couple.apply(parts.raw, belief, posterior, self, weights, *saved)  # type: ignore[return-value]
+        return Couple.apply(parts.raw, belief, posterior, self, filtered.weights, *saved)  # type: ignore[return-value]
 
     def _parallel(
         self, belief: Tensor, state: Tensor, action: Tensor, embedding: Tensor, first: Tensor,
