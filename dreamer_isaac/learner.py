@@ -41,6 +41,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.nn import functional as F
 
+from dreamer_isaac.compiling import as_it_is, compile_function
 from dreamer_isaac.config import AlgoConfig, OptimizationConfig
 from dreamer_isaac.models import Agent
 from dreamer_isaac.models.recurrence import Recurrence
@@ -178,12 +179,12 @@ class Learner:
     def _prepare(self) -> None:
         """The functions that are compiled."""
         wrap = self.wrap
-        kind = Recurrence
+        self.recurrence, self._returns = Recurrence(self.net.rssm, wrap), lambda_return
         if self._kernels and self.device.type == "cuda":
-            from dreamer_isaac.models.kernels import FusedRecurrence  # needs Triton
+            from dreamer_isaac.models import kernels  # needs Triton
 
-            kind = FusedRecurrence
-        self.recurrence = kind(self.net.rssm, wrap)
+            self.recurrence = kernels.FusedRecurrence(self.net.rssm, wrap)
+            self._returns = kernels.returns
         self._encode, self._finish = wrap(self._encode_), wrap(self._finish_)
         self._imagine_step = wrap(self._imagine_step_)
         self._model_total = wrap(self._model_total_)
@@ -477,7 +478,7 @@ class Learner:
             # The last state only bootstraps, so it needs no graph.
             last = agent.critic.mean(agent.critic(features[-1:]))
             value = torch.cat([agent.critic.mean(logits), last])
-            returns = lambda_return(reward, value[1:], alive[1:], algo.lmbda, dim=0)
+            returns = self._returns(reward, value[1:], alive[1:], algo.lmbda, dim=0)
             scale = self._update_return_scale(returns)
             advantage = (returns - value[:-1]) / scale
         mean, std = agent.actor(features[:-1])
@@ -507,7 +508,7 @@ class Learner:
             value = torch.where(ended, reached, first_return[:, 1:])
             lmbda = algo.lmbda * (1 - ended.to(self.dtype))
             discount = alive * (1 - 1 / algo.discount_horizon)
-            target = lambda_return(reward, value, discount, lmbda)
+            target = self._returns(reward, value, discount, lmbda)
             slow = agent.slow_critic.mean(agent.slow_critic(observed.features[:, :-1]))
         return agent.critic.loss(logits, target, (slow, algo.slow_critic_scale)).mean()
 
@@ -589,16 +590,6 @@ FIELDS = ("obs", "is_first", "action", "reward", "terminated", "belief", "state"
 """The entries of a batch that an update reads."""
 
 
-def as_it_is(f: Any) -> Any:
-    """No change: the eager way."""
-    return f
-
-
-def compile_function(f: Any) -> Any:
-    """torch.compile for one set of shapes; a graph break is an error."""
-    return torch.compile(f, fullgraph=True, dynamic=False)
-
-
 class Source(Protocol):
     """Where batches come from, and where their refreshed latents go: the replay buffer. Both
     methods only enqueue work on the device."""
@@ -609,6 +600,9 @@ class Source(Protocol):
     @property
     def generators(self) -> list[torch.Generator]: ...
 
+    @property
+    def slices(self) -> int: ...
+
     def sample(self) -> TensorDictBase: ...
 
     def refresh(self, batch: TensorDictBase, latents: TensorDictBase) -> None: ...
@@ -618,7 +612,7 @@ class _Given:
     """One batch as a source."""
 
     def __init__(self, batch: TensorDictBase):
-        self.batch = batch
+        self.batch, self.slices = batch, len(batch)
         self.device: torch.device = batch["obs"].device  # type: ignore[assignment]
         self.generators: list[torch.Generator] = []
 
@@ -637,6 +631,7 @@ class Captured:
 
     def __init__(self, learner: Learner, source: Any):
         self.source = source
+        learner.recurrence.prepare(source.slices)
         generators = [learner.generator, *source.generators]
         before = [t.clone() for t in learner.tensors()]
         states = [g.get_state() for g in generators]

@@ -17,8 +17,9 @@ import torch
 from dreamer_isaac import checkpoint, cli
 from dreamer_isaac.checkpoint import Checkpoints
 from dreamer_isaac.collect import Collector, CollectorError, Setup, Sync, Thread
+from dreamer_isaac.compiling import as_it_is, compile_function, start_compiler
 from dreamer_isaac.config import AlgoConfig, Config, ConfigError, to_dict
-from dreamer_isaac.learner import Learner, NonFiniteError, as_it_is, compile_function
+from dreamer_isaac.learner import Learner, NonFiniteError
 from dreamer_isaac.learner_v1 import LearnerV1
 from dreamer_isaac.logger import Console, Logger, duration
 from dreamer_isaac.main import (
@@ -125,6 +126,7 @@ class Run:
         self.sim_device, self.device = devices(cfg)
         if cfg.optimization.num_threads:
             torch.set_num_threads(cfg.optimization.num_threads)
+        start_compiler(self.device, cfg.optimization)
         seed_everything(cfg.env.seed)
         self.env = start_simulator(cfg, console, self.sim_device, cfg.evaluation.video)
         seed_everything(cfg.env.seed)  # the networks do not depend on what the simulator drew

@@ -13,6 +13,7 @@ medians over blocks, after warm-up.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -121,16 +122,28 @@ def work(cfg: Any) -> dict[str, Any]:
 
 def learner(arguments: argparse.Namespace) -> dict[str, Any]:
     """Time of one update."""
+    laps = [("start", 0.0)]
+
+    def lap(name: str) -> None:
+        laps.append((name, process_seconds()))
+
     cfg, torch, device, wait = prepared(arguments)
+    lap("import torch")
+    from dreamer_isaac.compiling import start_compiler
     from dreamer_isaac.models import Agent
     from dreamer_isaac.train import learner_class
 
+    lap("import the rest")
+    start_compiler(device, cfg.optimization)
     torch.manual_seed(0)
     widths = arguments.observation, arguments.action
     agent = Agent(*widths, cfg.model, cfg.algo).to(device)
     generator = torch.Generator(device=device).manual_seed(0)
     trainer = learner_class(cfg.algo)(agent, cfg.algo, cfg.optimization, generator)
+    lap("networks")
     replay, _ = filled_replay(cfg, widths, device)
+    wait()
+    lap("replay")
     metrics: dict[str, Any] = {}
 
     def update() -> None:
@@ -140,6 +153,7 @@ def learner(arguments: argparse.Namespace) -> dict[str, Any]:
     update()
     wait()
     first, warm_up = process_seconds(), time.monotonic() - begin
+    lap("first update")
     timed(update, wait, 10, 1)
     times = timed(update, wait, arguments.updates, arguments.blocks)
     trainer.check_finite()
@@ -154,6 +168,7 @@ def learner(arguments: argparse.Namespace) -> dict[str, Any]:
                                         / statistics.median(times)),
         "first_update_seconds": round(warm_up, 2),
         "process_start_to_first_update_seconds": round(first, 2),
+        "start_seconds": {b[0]: round(b[1] - a[1], 2) for a, b in itertools.pairwise(laps)},
         "metrics": {k: round(float(v), 5) for k, v in metrics.items() if k.startswith("loss")},
     }  # fmt: skip
     if device.type == "cuda":

@@ -211,6 +211,9 @@ class GaussianRecurrence:
         self.step_backward = wrap(self._step_backward)
         self.parallel = wrap(self._parallel)
 
+    def prepare(self, rows: int) -> None:
+        """There is nothing that could be started before the first batch."""
+
     @torch.no_grad()
     def weights(self) -> GaussianWeights:
         """Join the weights as the loops read them."""

@@ -13,6 +13,7 @@ own type. Rows (sequences) come in tiles of ROWS, columns in tiles of COLUMNS.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ ROWS, COLUMNS, DEPTH = 16, 16, 128
 SPLIT = 4
 """Parts in which the products with the longest inner width and few columns are computed, so that
 they keep more of the GPU busy; their readers add the parts up."""
-MOST_ROWS = 64
-"""Above, the library's products are faster than these small tiles."""
+MOST_ROWS = 32
+"""Above, the library's products are as fast as these small tiles."""
 
 
 def fits(rssm: RSSM, rows: int) -> bool:
@@ -411,16 +412,98 @@ def _to_inputs(
         tl.store(later_inputs + at, total, mask=here & (n >= 0)[None, :])
 
 
+@triton.jit
+def _returns(
+    reward, value, discount, lmbda, out, steps, columns, along, across,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    known = m < columns
+    later = tl.load(value + (steps - 1) * along + m * across, mask=known, other=0.0)
+    for back in range(steps):
+        t = steps - 1 - back
+        at = t * along + m * across
+        r = tl.load(reward + at, mask=known, other=0.0)
+        v = tl.load(value + at, mask=known, other=0.0)
+        d = tl.load(discount + at, mask=known, other=0.0)
+        k = tl.load(lmbda + at, mask=known, other=0.0)
+        later = r + d * (v + k * (later - v))
+        tl.store(out + t * along + m * across, later, mask=known)
+
+
+@torch.library.custom_op("dreamer_isaac::lambda_return", mutates_args=())
+def lambda_return(
+    reward: Tensor, value: Tensor, discount: Tensor, lmbda: Tensor, dim: int
+) -> Tensor:
+    """`learner.lambda_return` of two-dimensional tensors in one kernel, without a gradient; opaque
+    to torch.compile, which takes seconds to fuse the other one."""
+    given = [x.contiguous() for x in torch.broadcast_tensors(reward, value, discount, lmbda)]
+    out = torch.empty_like(given[0])
+    steps, columns = out.shape[dim], out.shape[1 - dim]
+    along, across = out.stride(dim), out.stride(1 - dim)
+    _returns[(triton.cdiv(columns, 128),)](*given, out, steps, columns, along, across, BLOCK=128)
+    return out
+
+
+@lambda_return.register_fake
+def _(reward: Tensor, value: Tensor, discount: Tensor, lmbda: Tensor, dim: int) -> Tensor:
+    return torch.empty_like(reward).contiguous()
+
+
+def returns(
+    reward: Tensor, value: Tensor, discount: Tensor, lmbda: float | Tensor, dim: int = -1
+) -> Tensor:
+    """`learner.lambda_return`, without a gradient; two dimensions."""
+    weight = lmbda if isinstance(lmbda, Tensor) else torch.full_like(reward, lmbda)
+    return lambda_return(reward, value, discount, weight, dim % 2)
+
+
 class FusedRecurrence(Recurrence):
     """`Recurrence` with its two loops in the kernels above, where they fit (`fits`)."""
+
+    _preparing: threading.Thread | None = None
+
+    def prepare(self, rows: int) -> None:
+        """Compile the kernels in the background: call this before the first update, which has much
+        to compile itself."""
+        if fits(self.rssm, rows) and self._preparing is None:
+            self._preparing = threading.Thread(target=self._try, args=(rows,), daemon=True)
+            self._preparing.start()
+
+    @torch.no_grad()
+    def _try(self, rows: int) -> None:
+        """One step of both loops on zeros."""
+        r = self.rssm
+        device, hidden = r.gates.weight.device, r.belief_in[0].out_features
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            zeros = r.gates.weight.new_zeros
+            logits = torch.zeros(1, rows, r.categoricals, r.classes, device=device)
+            first = torch.zeros(1, rows, 1, dtype=torch.bool, device=device)
+            belief, weights = zeros(1, rows, r.belief), self.weights()
+            self._filter(
+                weights, belief[0], zeros(rows, r.state), belief, zeros(1, rows, hidden), first,
+                zeros(r.belief), logits[..., 0],
+            )  # fmt: skip
+            part = zeros(1, rows, hidden)
+            saved = part, part, belief, zeros(1, rows, 3 * r.belief), part, logits, belief, first
+            self._couple(weights, (belief, belief, logits), saved)
 
     def filter(
         self, weights: Weights, belief: Tensor, state: Tensor, share: Tensor, embedding: Tensor,
         first: Tensor, start: Tensor, uniform: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        arguments = weights, belief, state, share, embedding, first, start, uniform
+        if not fits(self.rssm, len(belief)):
+            return super().filter(*arguments)
+        if self._preparing is not None:
+            self._preparing.join()
+        return self._filter(*arguments)
+
+    def _filter(
+        self, weights: Weights, belief: Tensor, state: Tensor, share: Tensor, embedding: Tensor,
+        first: Tensor, start: Tensor, uniform: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         rssm, rows, steps = self.rssm, len(belief), len(first)
-        if not fits(rssm, rows):
-            return super().filter(weights, belief, state, share, embedding, first, start, uniform)
         w, hidden = weights, len(weights.belief_bias)
         sizes = self._sizes(rows)
         d, tiles = rssm.belief, triton.cdiv(rows, ROWS)
@@ -474,9 +557,14 @@ class FusedRecurrence(Recurrence):
     def couple(
         self, weights: Weights, grads: tuple[Tensor, ...], saved: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor]:
-        rssm, rows = self.rssm, grads[1].shape[1]
-        if not fits(rssm, rows):
+        if not fits(self.rssm, grads[1].shape[1]):
             return super().couple(weights, grads, saved)
+        return self._couple(weights, grads, saved)
+
+    def _couple(
+        self, weights: Weights, grads: tuple[Tensor, ...], saved: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        rssm, rows = self.rssm, grads[1].shape[1]
         w, hidden = weights, len(weights.belief_bias)
         sizes = self._sizes(rows)
         d, tiles = rssm.belief, triton.cdiv(rows, ROWS)

@@ -97,6 +97,9 @@ class Recurrence:
         self.parallel = wrap(self._parallel)
         self.action_share = wrap(self._action_share)
 
+    def prepare(self, rows: int) -> None:
+        """Start in the background what takes time before the first batch of `rows` sequences."""
+
     @torch.no_grad()
     def weights(self) -> Weights:
         """Join the weights as the loops read them."""
