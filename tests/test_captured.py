@@ -12,6 +12,7 @@ from tensordict import TensorDict
 from dreamer_isaac.config import AlgoConfig, CompileConfig, ModelConfig, OptimizationConfig
 from dreamer_isaac.learner import Learner
 from dreamer_isaac.models import Agent
+from dreamer_isaac.train import learner_class
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -21,12 +22,24 @@ MODEL = ModelConfig(
     encoder_layers=2, decoder_layers=2, actor_layers=2, critic_layers=2, bins=63,
 )  # fmt: skip
 ALGO = AlgoConfig(horizon=5)
+# Widths that the fused kernels take.
+FUSED = ModelConfig(
+    size="fused", belief=512, hidden=128, categoricals=8, classes=16, blocks=2, units=64,
+    encoder_layers=2, decoder_layers=2, actor_layers=2, critic_layers=2, bins=63,
+)  # fmt: skip
+V1 = ModelConfig(
+    size="v1", latent="gaussian", gaussian=6, belief=40, hidden=40, units=72, encoder_layers=2,
+    decoder_layers=2, head_layers=2, actor_layers=2, critic_layers=2,
+)  # fmt: skip
+ALGO_V1 = AlgoConfig(name="dreamer_v1", horizon=5, discount_horizon=100, free_nats=0.5)
 
 
-def make(mode: str, autocast: Any = "false") -> Learner:
+def make(
+    mode: str, autocast: Any = "false", model: ModelConfig = MODEL, algo: AlgoConfig = ALGO
+) -> Learner:
     """`mode`: eager, compiled or captured."""
     torch.manual_seed(0)
-    agent = Agent(O, A, MODEL, ALGO).cuda()
+    agent = Agent(O, A, model, algo).cuda()
     with torch.no_grad():  # heads start at zero: nothing would depend on anything
         for p in agent.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -38,26 +51,27 @@ def make(mode: str, autocast: Any = "false") -> Learner:
         lr=1e-4, warmup_updates=5, anneal=0.5, autocast=autocast, compile=how
     )
     generator = torch.Generator(device="cuda").manual_seed(1)
-    return Learner(agent, ALGO, options, generator)
+    return learner_class(algo)(agent, algo, options, generator)
 
 
-def make_batch(seed: int, batch: int = B) -> TensorDict:
+def make_batch(seed: int, batch: int = B, model: ModelConfig = MODEL) -> TensorDict:
     g = torch.Generator().manual_seed(seed)
     shape = (batch, T + 1)
     flags = torch.rand(shape, generator=g)
     return TensorDict(
         obs=torch.randn(*shape, O, generator=g), action=torch.rand(*shape, A, generator=g),
         reward=torch.randn(*shape, generator=g), is_first=flags < 0.1, terminated=flags > 0.95,
-        truncated=flags > 2, belief=torch.randn(batch, MODEL.belief, generator=g),
-        state=torch.randint(MODEL.classes, (batch, MODEL.categoricals), generator=g).to(
-            torch.uint8
-        ),
+        truncated=flags > 2, belief=torch.randn(batch, model.belief, generator=g),
+        state=torch.randn(batch, model.gaussian, generator=g) if model.latent == "gaussian" else
+        torch.randint(model.classes, (batch, model.categoricals), generator=g).to(torch.uint8),
         batch_size=[batch],
     ).cuda()  # fmt: skip
 
 
-def losses(learner: Learner, seed: int, batch: int = B) -> dict[str, float]:
-    return {k: float(v) for k, v in learner.update(make_batch(seed, batch))[0].items()}
+def losses(
+    learner: Learner, seed: int, batch: int = B, model: ModelConfig = MODEL
+) -> dict[str, float]:
+    return {k: float(v) for k, v in learner.update(make_batch(seed, batch, model))[0].items()}
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +91,23 @@ def test_captured_equals_eager_over_twenty_updates(captured: Learner) -> None:
             assert other[k] == pytest.approx(one[k], rel=tolerance, abs=tolerance), (i, k)
     assert torch.equal(eager.optimizer.step_count, fast.optimizer.step_count)
     assert eager.generator.get_offset() == fast.generator.get_offset()
+
+
+@pytest.mark.parametrize(("model", "algo"), [(FUSED, ALGO), (V1, ALGO_V1)], ids=["fused", "v1"])
+@pytest.mark.parametrize("autocast", ["false", "bfloat16"])
+def test_fused_kernels_and_dreamer_v1(model: ModelConfig, algo: AlgoConfig, autocast: Any) -> None:
+    eager, fast = (make(mode, autocast, model, algo) for mode in ("eager", "captured"))
+    if model is FUSED:
+        from dreamer_isaac.models.kernels import FusedRecurrence, fits
+
+        assert isinstance(fast.recurrence, FusedRecurrence) and fits(fast.net.rssm, B)
+        assert not isinstance(eager.recurrence, FusedRecurrence)
+    for i in range(20):
+        one, other = (losses(learner, i, model=model) for learner in (eager, fast))
+        tolerance = 5e-2 if autocast == "bfloat16" else 1e-3 if i < 3 else 3e-2
+        for k in one:
+            if autocast == "false" or k.startswith("loss/re"):
+                assert other[k] == pytest.approx(one[k], rel=tolerance, abs=tolerance), (i, k)
 
 
 def test_first_gradients_agree(captured: Learner) -> None:
