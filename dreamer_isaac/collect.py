@@ -24,6 +24,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from dreamer_isaac.compiling import wait_for_compiler
 from dreamer_isaac.envs.contract import Observation, SimEnv
 from dreamer_isaac.models import Agent, Carry
 from dreamer_isaac.optim import flatten
@@ -143,6 +144,7 @@ class Policy:
     @torch.no_grad()
     def prepare(self, observation: Observation) -> None:
         """Compile and capture, with an example; leaves no trace in what the policy remembers."""
+        wait_for_compiler()
         self._inputs = Observation(*(t.clone() for t in observation))
         before, noise = [t.clone() for t in self.carry], self.generator.get_state()
         device = self.deterministic.device

@@ -41,7 +41,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.nn import functional as F
 
-from dreamer_isaac.compiling import as_it_is, compile_function
+from dreamer_isaac.compiling import as_it_is, compile_function, wait_for_compiler
 from dreamer_isaac.config import AlgoConfig, OptimizationConfig
 from dreamer_isaac.models import Agent
 from dreamer_isaac.models.recurrence import Recurrence
@@ -631,6 +631,7 @@ class Captured:
 
     def __init__(self, learner: Learner, source: Any):
         self.source = source
+        wait_for_compiler()
         learner.recurrence.prepare(source.slices)
         generators = [learner.generator, *source.generators]
         before = [t.clone() for t in learner.tensors()]

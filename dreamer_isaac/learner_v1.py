@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from dreamer_isaac.config import OptimizationConfig
 from dreamer_isaac.learner import Batch, Learner, Noise, Observed, lambda_return
-from dreamer_isaac.models.gaussian import Filtered, GaussianRecurrence, elu_backward
+from dreamer_isaac.models.gaussian import Filtered, GaussianRecurrence, elu_backward_of, gru
 from dreamer_isaac.models.rssm import elu, full, join, linear
 from dreamer_isaac.optim import FlatOptimizer, GroupAdam
 
@@ -41,6 +41,11 @@ class LearnerV1(Learner):
         """The same weights without gradients: imagination differentiates by states and actions."""
         for mine, shared in zip(self.frozen.parameters(), self.net.parameters(), strict=True):
             mine.data = shared.data
+        self._gru = gru
+        if self._kernels and self.device.type == "cuda":
+            from dreamer_isaac.models import kernels  # needs Triton
+
+            self._gru = kernels.gru
         self._encode, self._finish = wrap(self._encode_), wrap(self._finish_)
         self.recurrence = GaussianRecurrence(self.net.rssm, wrap)
         self._model_total = wrap(self._model_total_)
@@ -93,16 +98,24 @@ class LearnerV1(Learner):
         """Leaves the actor's and the critic's gradients in `net`. The actor's loss and the critic's
         both evaluate the critic on the imagined states: once is enough, with one derivative by the
         states and one by the weights."""
-        constant = features.detach()
+        starts, constant = features.shape[1], features.detach().flatten(0, 1)
         value, *hidden = self._value(constant)
-        later, now = (x.detach().requires_grad_() for x in (value[1:], value[:-1]))
+        later, now = (
+            x.unflatten(0, (-1, starts)).detach().requires_grad_()
+            for x in (value[starts:], value[:-starts])
+        )
         actor, targets, metrics = self._actor_total(features, later)
         by_features, by_value = torch.autograd.grad(actor, [features, later])
-        by_features = self._value_by_states(by_features, by_value, [z[1:] for z in hidden])
+        by_features = by_features.contiguous()  # and nobody else's: it may be changed in place
+        by_features[1:].flatten(0, 1).add_(
+            self._value_by_states(by_value.flatten(), [y[starts:] for y in hidden])
+        )
         features.backward(by_features)
         critic = self._critic_total(now, targets)
         (by_value,) = torch.autograd.grad(critic, [now])
-        grads = self._value_by_weights(by_value, constant[:-1], [z[:-1] for z in hidden])
+        grads = self._value_by_weights(
+            by_value.flatten(), constant[:-starts], [y[:-starts] for y in hidden]
+        )
         for parameter, grad in zip(self.net.critic.parameters(), grads, strict=True):
             parameter.grad = grad
         return actor, critic, metrics
@@ -178,7 +191,7 @@ class LearnerV1(Learner):
         rssm = self.frozen.rssm
         belief, state = features[:, : rssm.belief], features[:, rssm.belief :]
         action = self.net.actor.sample(*self.net.actor(features), noise)
-        belief = rssm.core_joined(belief, state, action, weight, bias)
+        belief = rssm.core_joined(belief, state, action, weight, bias, self._gru)
         state = rssm.sample(rssm.prior_logits(belief), normal)
         return join(belief, state)
 
@@ -208,42 +221,39 @@ class LearnerV1(Learner):
         return [m for m in self.net.critic.net if hasattr(m, "weight")]
 
     def _value_(self, features: Tensor) -> tuple[Tensor, ...]:
-        """[..., F] -> the value [...], and the hidden layers' pre-activations."""
+        """[N, F] -> the value [N], and the hidden layers' outputs [N, units]."""
         *layers, last = self._critic_layers()
-        x, hidden = features, []
+        hidden = [features]
         for layer in layers:
-            hidden.append(linear(x, layer.weight, layer.bias))
-            x = elu(hidden[-1])
-        return full(linear(x, last.weight, last.bias)).squeeze(-1), *hidden
+            hidden.append(elu(linear(hidden[-1], layer.weight, layer.bias)))
+        value = full(linear(hidden[-1], last.weight, last.bias)).squeeze(-1)
+        return value, *hidden[1:]
 
-    def _value_by_states_(self, given: Tensor, grad: Tensor, hidden: list[Tensor]) -> Tensor:
-        """Adds the value's gradient, `grad` [H, M] times its derivative by features[1:], to `given`
-        [H+1, M, F]."""
+    def _value_by_states_(self, grad: Tensor, hidden: list[Tensor]) -> Tensor:
+        """The value's gradient: `grad` [N] times its derivative by the features, [N, F]."""
         *layers, last = self._critic_layers()
         x = grad.unsqueeze(-1) * full(last.weight)
-        for layer, z in zip(reversed(layers), reversed(hidden), strict=True):
-            x = elu_backward(z, x)
-            more = given.shape[-1] - layer.weight.shape[1] if layer is layers[0] else 0
+        for layer, y in zip(reversed(layers), reversed(hidden), strict=True):
+            x = elu_backward_of(y, x)
+            more = -layer.weight.shape[1] % 8 if layer is layers[0] and x.dtype != self.dtype else 0
             x = x @ F.pad(layer.weight, (0, more))
-        return given + F.pad(x, (0, 0, 0, 0, 1, 0))
+        return x
 
     def _value_by_weights_(
         self, grad: Tensor, features: Tensor, hidden: list[Tensor]
     ) -> list[Tensor]:
         """The gradients of the critic's parameters, in their order."""
         *layers, last = self._critic_layers()
-        inputs = [features, *(elu(z) for z in hidden)]
-        x = (grad.unsqueeze(-1) * full(last.weight)).to(features.dtype)
-        dense = grad.flatten().unsqueeze(0).to(features.dtype)
-        out = [(dense @ inputs[-1].flatten(0, 1)), grad.sum().unsqueeze(0)]
+        inputs, dtype = [features, *hidden], features.dtype
+        out = [grad.to(dtype).unsqueeze(0) @ inputs[-1], grad.sum().unsqueeze(0)]
+        x = grad.unsqueeze(-1) * full(last.weight)
         for i in reversed(range(len(layers))):
-            x = elu_backward(hidden[i], x)
-            by_weight = x.flatten(0, 1).T @ inputs[i].flatten(0, 1)
+            x = elu_backward_of(hidden[i], x)
             width = layers[i].weight.shape[1]
-            out = [by_weight[:, :width], full(x).sum((0, 1)), *out]
+            out = [(x.T @ inputs[i])[:, :width], full(x).sum(0), *out]
             if i:
                 x = x @ layers[i].weight
-        return [g.to(features.dtype) for g in out]
+        return [g.to(dtype) for g in out]
 
     def _weights(self, like: Tensor) -> Tensor:
         """1, gamma, gamma^2, ...: [H, 1]."""

@@ -57,6 +57,7 @@ def main() -> None:
         f"env.name={arguments.task}", f"env.num_envs={arguments.num_envs}",
         f"env.seed={arguments.seed}", "evaluation.num_envs=0",
         f"collector.frames_per_batch={arguments.num_envs}",
+        f"collector.init_random_frames={64 * arguments.num_envs}",
     ])  # fmt: skip
     import torch
     from mjlab.rl import RslRlVecEnvWrapper

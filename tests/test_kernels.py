@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="triton is not installed (it comes with CUDA builds of torch)")
 
 from dreamer_isaac.learner import lambda_return
-from dreamer_isaac.models import kernels
+from dreamer_isaac.models import gaussian, kernels
 from dreamer_isaac.models.kernels import FusedRecurrence
 from dreamer_isaac.models.recurrence import Recurrence
 from dreamer_isaac.models.rssm import RSSM
@@ -98,6 +98,19 @@ def test_returns(dim: int) -> None:
         expected = lambda_return(reward, value, discount, weight, dim)
         mine = kernels.returns(reward, value, discount, weight, dim)
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_gru(dtype: torch.dtype) -> None:
+    given = [torch.randn(70, n, device=DEVICE, dtype=dtype, requires_grad=True) for n in (80, 20)]
+    grad = torch.randn(70, 20, device=DEVICE, dtype=dtype)
+    results = [
+        (out := function(*given), *torch.autograd.grad(out, given, grad))
+        for function in (gaussian.gru, kernels.gru)
+    ]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
 
 
 def test_a_model_or_batch_that_does_not_fit_is_left_to_the_plain_loops() -> None:

@@ -100,15 +100,14 @@ class GaussianRSSM(nn.Module):
         return torch.cat(rows), torch.cat([r.bias_ih[:shared] + r.bias_hh[:shared], *last])
 
     def core_joined(
-        self, belief: Tensor, state: Tensor, action: Tensor, weight: Tensor, bias: Tensor
-    ) -> Tensor:
-        """`core` of an action itself [N, A], with the weights as `joined` has them."""
+        self, belief: Tensor, state: Tensor, action: Tensor, weight: Tensor, bias: Tensor,
+        gru: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:  # fmt: skip
+        """`core` of an action itself [N, A], with the weights as `joined` has them; `gru` is the
+        function of this module or `kernels.gru`."""
         both = join(state[..., : self.state], action.to(self.dtype))
         joint = linear(both, self.joint_in.weight, self.joint_in.bias)
-        four = full(linear(torch.cat([elu(joint), belief], -1), weight, bias)).chunk(4, -1)
-        reset, update = torch.sigmoid(four[0]), torch.sigmoid(four[1])
-        new = torch.tanh(four[2] + reset * four[3])
-        return ((1 - update) * new + update * full(belief)).to(belief.dtype)
+        return gru(linear(torch.cat([elu(joint), belief], -1), weight, bias), belief)
 
     @staticmethod
     def gates(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,6 +168,13 @@ class GaussianRSSM(nn.Module):
     def expand(self, state: Tensor) -> Tensor:
         """The reverse of `compress`."""
         return state.to(self.dtype)
+
+
+def gru(four: Tensor, belief: Tensor) -> Tensor:
+    """Reset, update and both shares of the candidate [N, 4D], belief [N, D] -> the next belief."""
+    reset, update, ours, theirs = full(four).chunk(4, -1)
+    update, new = torch.sigmoid(update), torch.tanh(ours + torch.sigmoid(reset) * theirs)
+    return ((1 - update) * new + update * full(belief)).to(belief.dtype)
 
 
 class GaussianWeights(NamedTuple):
@@ -348,3 +354,9 @@ def elu_backward(x: Tensor, grad: Tensor) -> Tensor:
     """The derivative of `elu` by x, times `grad`."""
     wide = full(x)
     return (full(grad) * torch.where(wide > 0, 1.0, wide.clamp_max(0).exp())).to(x.dtype)
+
+
+def elu_backward_of(y: Tensor, grad: Tensor) -> Tensor:
+    """The same from y = elu(x): only one of the two needs to be kept."""
+    wide = full(y)
+    return (full(grad) * torch.where(wide > 0, 1.0, wide + 1)).to(y.dtype)

@@ -450,6 +450,92 @@ def _(reward: Tensor, value: Tensor, discount: Tensor, lmbda: Tensor, dim: int) 
     return torch.empty_like(reward).contiguous()
 
 
+@triton.jit
+def _gru(four, belief, out, rows, D: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    known = at < rows * D
+    gates = four + at // D * (4 * D) + at % D
+    reset = _sigmoid(tl.load(gates, mask=known, other=0.0).to(tl.float32))
+    update = _sigmoid(tl.load(gates + D, mask=known, other=0.0).to(tl.float32))
+    ours = tl.load(gates + 2 * D, mask=known, other=0.0).to(tl.float32)
+    theirs = tl.load(gates + 3 * D, mask=known, other=0.0).to(tl.float32)
+    before = tl.load(belief + at, mask=known, other=0.0).to(tl.float32)
+    new = _tanh(ours + reset * theirs)
+    after = (1 - update) * new + update * before
+    tl.store(out + at, after.to(out.dtype.element_ty), mask=known)
+
+
+@triton.jit
+def _gru_backward(
+    four, belief, grad, of_four, of_belief, rows, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    known = at < rows * D
+    place = at // D * (4 * D) + at % D
+    reset = _sigmoid(tl.load(four + place, mask=known, other=0.0).to(tl.float32))
+    update = _sigmoid(tl.load(four + place + D, mask=known, other=0.0).to(tl.float32))
+    ours = tl.load(four + place + 2 * D, mask=known, other=0.0).to(tl.float32)
+    theirs = tl.load(four + place + 3 * D, mask=known, other=0.0).to(tl.float32)
+    before = tl.load(belief + at, mask=known, other=0.0).to(tl.float32)
+    g = tl.load(grad + at, mask=known, other=0.0).to(tl.float32)
+    new = _tanh(ours + reset * theirs)
+    of_new = g * (1 - update) * (1 - new * new)
+    dtype = of_four.dtype.element_ty
+    of_reset = of_new * theirs * reset * (1 - reset)
+    tl.store(of_four + place, of_reset.to(dtype), mask=known)
+    of_update = g * (before - new) * update * (1 - update)
+    tl.store(of_four + place + D, of_update.to(dtype), mask=known)
+    tl.store(of_four + place + 2 * D, of_new.to(dtype), mask=known)
+    tl.store(of_four + place + 3 * D, (of_new * reset).to(dtype), mask=known)
+    tl.store(of_belief + at, (g * update).to(dtype), mask=known)
+
+
+BLOCK = 1024
+"""Elements that one program of an elementwise kernel handles."""
+
+
+@torch.library.custom_op("dreamer_isaac::gru", mutates_args=())
+def gru(four: Tensor, belief: Tensor) -> Tensor:
+    """The gates of `gaussian.GaussianRSSM.core_joined` in one kernel: [N, 4D], [N, D] -> [N, D].
+    torch.compile evaluates all four gates again for each of their four derivatives."""
+    four, belief = four.contiguous(), belief.contiguous()
+    out = torch.empty_like(belief)
+    _gru[(triton.cdiv(out.numel(), BLOCK),)](
+        four, belief, out, len(out), D=belief.shape[1], BLOCK=BLOCK
+    )
+    return out
+
+
+@gru.register_fake
+def _(four: Tensor, belief: Tensor) -> Tensor:
+    return belief.new_empty(belief.shape)
+
+
+@torch.library.custom_op("dreamer_isaac::gru_backward", mutates_args=())
+def gru_backward(four: Tensor, belief: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The derivative of `gru` by both, times `grad` [N, D]."""
+    four, belief, grad = four.contiguous(), belief.contiguous(), grad.contiguous()
+    of_four, of_belief = torch.empty_like(four), torch.empty_like(belief)
+    _gru_backward[(triton.cdiv(grad.numel(), BLOCK),)](
+        four, belief, grad, of_four, of_belief, len(grad), D=grad.shape[1], BLOCK=BLOCK
+    )
+    return of_four, of_belief
+
+
+@gru_backward.register_fake
+def _(four: Tensor, belief: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return four.new_empty(four.shape), belief.new_empty(belief.shape)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+gru.register_autograd(
+    lambda ctx, grad: gru_backward(*ctx.saved_tensors, grad), setup_context=_keep_for_backward
+)
+
+
 def returns(
     reward: Tensor, value: Tensor, discount: Tensor, lmbda: float | Tensor, dim: int = -1
 ) -> Tensor:
@@ -599,14 +685,14 @@ class FusedRecurrence(Recurrence):
                 grad_x, pre_hidden[t], w.hidden_norm, later_inputs, belief_in[after],
                 w.belief_norm, w.on_belief, grad_belief[t], grad_raw[t], later, first[t],
                 gates[t], previous[t], of_belief[t], grad_gates, rows, NORM_EPS, D=d,
-                DG=sizes["DG"], H=hidden, SPLIT=SPLIT, ROWS=ROWS, COLUMNS=COLUMNS,
+                DG=sizes["DG"], H=hidden, SPLIT=SPLIT, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8,
             )  # fmt: skip
             _to_mix[columns](
                 grad_gates, w.gates, mix[t], w.mix_norm, inverse[t], scaled, sums, rows, **wide
             )
             _to_inputs[(d // COLUMNS + 2 * hidden // COLUMNS * SPLIT, tiles)](
                 scaled, sums, mix[t], inverse[t], w.own, w.shared, later, later_inputs, rows,
-                H2=2 * hidden, TILES=sizes["TILES"], SPLIT=SPLIT, **wide,
+                H2=2 * hidden, TILES=sizes["TILES"], SPLIT=SPLIT, num_warps=1, **wide,
             )  # fmt: skip
         return of_belief, of_posterior
 
