@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import platform
 import statistics
 import sys
@@ -221,6 +222,20 @@ def make_run(arguments: argparse.Namespace) -> Any:
     return Run(cfg, folder, Console(folder / "log.txt"))
 
 
+def resources(torch: Any) -> dict[str, float]:
+    """What a leak would make grow."""
+    with open("/proc/self/status") as f:
+        status = dict(line.split(":", 1) for line in f)
+    out = {
+        "rss_mib": int(status["VmRSS"].split()[0]) // 1024, "threads": int(status["Threads"]),
+        "files": len(os.listdir("/proc/self/fd")),
+    }  # fmt: skip
+    if torch.cuda.is_available():
+        devices = range(torch.cuda.device_count())
+        out["gpu_mib"] = sum(torch.cuda.memory_reserved(i) for i in devices) // 2**20
+    return out
+
+
 def drive(run: Any, seconds: float, learn: bool, collect: bool = True) -> dict[str, float]:
     """Run for `seconds` and report the rates."""
     import torch
@@ -260,6 +275,7 @@ def simulated(arguments: argparse.Namespace) -> dict[str, Any]:
     phases = {"collect": (False, True)}
     if arguments.what == "pipeline":
         phases |= {"both": (True, True), "learn": (True, False)}
+        phases = {k: v for k, v in phases.items() if k in arguments.phases.split(",")}
     with run.collector:
         while not run.replay.ready or len(run.replay) < cfg.collector.init_random_frames:
             run.collector.step()
@@ -267,13 +283,16 @@ def simulated(arguments: argparse.Namespace) -> dict[str, Any]:
             if not collect:
                 run.collector.stop()
             drive(run, 2.0 if not learn else 5.0, learn, collect)  # compiles, the first time
-            rates = [drive(run, arguments.seconds / arguments.blocks, learn, collect)
-                     for _ in range(arguments.blocks)]  # fmt: skip
+            rates, used = [], []
+            for _ in range(arguments.blocks):
+                rates.append(drive(run, arguments.seconds / arguments.blocks, learn, collect))
+                used.append(resources(torch))
+            result[f"{name}/resources"] = {k: [u[k] for u in used] for k in used[0]}
             for key in ("frames_per_second", "updates_per_second"):
                 values = [r[key] for r in rates]
                 if any(values):
                     result[f"{name}/{key}"] = spread(values)
-    if arguments.what == "pipeline":
+    if {"collect", "both", "learn"} <= phases.keys():
         for key in ("frames_per_second", "updates_per_second"):
             alone = "collect" if key[0] == "f" else "learn"
             result[f"kept/{key}"] = round(
@@ -325,6 +344,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=100, help="in a block")
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20.0, help="of every phase")
+    parser.add_argument("--phases", default="collect,both,learn", help="of `pipeline`")
     parser.add_argument("--top", type=int, default=0, help="list this many slowest kernels")
     arguments = parser.parse_intermixed_args()
     call = {"learner": learner, "replay": replay, "collect": simulated, "pipeline": simulated}
