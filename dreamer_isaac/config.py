@@ -508,8 +508,6 @@ def contradictions(cfg: Config) -> list[str]:
              f"{', '.join(sorted(allowed))}.")  # fmt: skip
     need(not env.from_pixels, "env.from_pixels=true: camera observations are not built yet; "
          "use env.from_pixels=false.")  # fmt: skip
-    need(opt.autocast != "float16", "optimization.autocast=float16 is not built yet; use "
-         "optimization.autocast=bfloat16, or false.")  # fmt: skip
     out += _task_contradictions(env)
     return out
 

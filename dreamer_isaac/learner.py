@@ -19,8 +19,9 @@ Where the formulas differ from TorchRL's `DreamerV3Loss` and the reference on pu
 
 Four switches change how the update is executed and nothing else:
 
-* `optimization.autocast=bfloat16`: networks run on a copy of the weights in that type, made once an
-  update; master weights, optimiser, noise and losses stay float32.
+* `optimization.autocast=bfloat16` or `float16`: networks run on a copy of the weights in that type,
+  made once an update; master weights, optimiser, noise and losses stay float32. With float16 the
+  loss is scaled (`optim.LossScale`).
 * `optimization.compile.enabled`: the time step of each loop, and what lies between the loops, are
   compiled (never the unrolled sequence: seconds instead of minutes).
 * `optimization.compile.kernels`: small batches' recurrence runs in fused kernels (kernels.py).
@@ -45,7 +46,7 @@ from dreamer_isaac.compiling import as_it_is, compile_function, wait_for_compile
 from dreamer_isaac.config import AlgoConfig, OptimizationConfig
 from dreamer_isaac.models import Agent
 from dreamer_isaac.models.recurrence import Recurrence
-from dreamer_isaac.optim import FlatOptimizer, LaProp, flatten
+from dreamer_isaac.optim import FlatOptimizer, LaProp, LossScale, flatten
 
 Batch = Mapping[str, Tensor]
 """Records by name; see `Learner.update`."""
@@ -150,6 +151,7 @@ class Learner:
         self.net = copy.deepcopy(agent) if half else agent
         """The networks that the update runs: `agent`, or its copy in half precision."""
         self.working = flatten(self.net.parameters(), half) if half else self.flat
+        self.scale = LossScale(self.flat.device) if half is torch.float16 else None
         self.wrap = wrap
         kernels = optimization.compile.kernels
         self._kernels = kernels == "true" or (kernels == "auto" and wrap is compile_function)
@@ -264,9 +266,14 @@ class Learner:
         noise = self.draw_noise(batch["obs"].shape[0], batch["obs"].shape[1] - 1)
         self.optimizer.zero_grad()
         total, losses, metrics, observed = self._gradients(batch, noise)
-        norm = self.optimizer.step()
+        norm = self.optimizer.step(self.scale)
         self._move_slow_critic()
-        self.finite.logical_and_(torch.isfinite(total) & torch.isfinite(norm))
+        healthy = torch.isfinite(norm)
+        if self.scale:  # an overflow only costs this update, unless no scale is small enough
+            healthy |= self.scale.value >= self.scale.SMALLEST
+            metrics["loss_scale"] = self.scale.value.clone()
+            norm = norm.nan_to_num(0.0, 0.0)
+        self.finite.logical_and_(torch.isfinite(total) & healthy)
         metrics = metrics | {f"loss/{k}": v.detach() for k, v in losses.items()}
         metrics |= {"loss/total": total, "grad_norm": norm}
         belief, state = observed.belief.detach(), observed.state.detach()
@@ -298,16 +305,19 @@ class Learner:
         cuts = [Observed(*(x.detach().requires_grad_() for x in observed)) for _ in range(2)]
         with self._beside():
             total, losses = self._model_total(batch, cuts[0])
-            total.backward()
+            self._scaled(total).backward()
         belief, state = (x.detach().flatten(0, 1) for x in (observed.belief, observed.state))
         features, actions = self.imagine(belief, state, noise)
         self._join()
         other, more, metrics = self._behaviour_total(batch, cuts[1], features, actions)
-        other.backward()
+        self._scaled(other).backward()
         pairs = zip(*cuts, strict=True)
         grads = [reduce(torch.add, [x.grad for x in pair if x.grad is not None]) for pair in pairs]
         torch.autograd.backward(list(observed), grads)
         return (total + other).detach(), losses | more, metrics, observed
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss * self.scale.value if self.scale else loss
 
     def scales(self) -> dict[str, float]:
         """Weight of each loss term."""
@@ -569,6 +579,7 @@ class Learner:
             "return_high": self.return_high.clone(),
             "generator": self.generator.get_state(),
             "updates": self.updates,
+            "loss_scale": [self.scale.value.clone(), self.scale.good.clone()] if self.scale else [],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -578,12 +589,18 @@ class Learner:
         self.return_high.copy_(state["return_high"])
         self.generator.set_state(state["generator"].cpu())
         self.updates = int(state["updates"])
+        if self.scale and state.get("loss_scale"):  # a run may change its precision when it resumes
+            for mine, saved in zip(
+                (self.scale.value, self.scale.good), state["loss_scale"], strict=True
+            ):
+                mine.copy_(saved)
 
     def tensors(self) -> list[Tensor]:
         """Everything that an update changes in place, except the generator."""
         o = self.optimizer
+        scale = [self.scale.value, self.scale.good] if self.scale else []
         return [self.flat, self.working, o.square, o.momentum, o.step_count, self.return_low,
-                self.return_high, self.finite]  # fmt: skip
+                self.return_high, self.finite, *scale]  # fmt: skip
 
 
 FIELDS = ("obs", "is_first", "action", "reward", "terminated", "belief", "state")

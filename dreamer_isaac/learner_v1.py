@@ -85,7 +85,7 @@ class LearnerV1(Learner):
         with self._beside():
             observed = self._observed(filtered, inputs, noise)
             total, losses = self._model_total(batch, observed)
-            total.backward()
+            self._scaled(total).backward()
         found = (x[1:].transpose(0, 1) for x in (filtered.beliefs, filtered.states))
         features = self.dream(*self._starts(*found), noise)
         actor, critic, metrics = self._behaviour_gradients(features)
@@ -105,14 +105,14 @@ class LearnerV1(Learner):
             for x in (value[starts:], value[:-starts])
         )
         actor, targets, metrics = self._actor_total(features, later)
-        by_features, by_value = torch.autograd.grad(actor, [features, later])
+        by_features, by_value = torch.autograd.grad(self._scaled(actor), [features, later])
         by_features = by_features.contiguous()  # and nobody else's: it may be changed in place
         by_features[1:].flatten(0, 1).add_(
             self._value_by_states(by_value.flatten(), [y[starts:] for y in hidden])
         )
         features.backward(by_features)
         critic = self._critic_total(now, targets)
-        (by_value,) = torch.autograd.grad(critic, [now])
+        (by_value,) = torch.autograd.grad(self._scaled(critic), [now])
         grads = self._value_by_weights(
             by_value.flatten(), constant[:-starts], [y[:-starts] for y in hidden]
         )

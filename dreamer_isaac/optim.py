@@ -42,6 +42,29 @@ def views_of(flat: Tensor, parameters: list[Any], offsets: list[int]) -> list[Te
     return [flat[o : o + p.numel()].view(p.shape) for p, o in zip(parameters, offsets, strict=True)]
 
 
+class LossScale:
+    """The factor of the loss that keeps float16 gradients from vanishing; torch.amp.GradScaler's
+    rule, without asking the host: half after an overflow, double after 2000 updates without one.
+    """
+
+    INITIAL, PATIENCE = 2.0**16, 2000
+    SMALLEST = 2.0**-10
+    """Below, the gradients themselves are not finite, and no scale helps."""
+
+    def __init__(self, device: torch.device):
+        self.value = torch.full((), self.INITIAL, device=device)
+        self.good = torch.zeros((), device=device)
+        """Updates since the last change."""
+
+    def update(self, applied: Tensor) -> None:
+        """Note whether the gradients of this update were finite."""
+        self.good.add_(1).mul_(applied)
+        grown = self.good >= self.PATIENCE
+        factor = torch.where(applied, torch.where(grown, 2.0, 1.0), 0.5)
+        self.value.mul_(factor)
+        self.good.mul_(~grown)
+
+
 class FlatOptimizer:
     """What the optimisers share: gradients of many parameters in, one flat step out.
 
@@ -83,8 +106,10 @@ class FlatOptimizer:
         self._apply = wrap(self._arithmetic)
 
     @torch.no_grad()
-    def step(self) -> Tensor:
+    def step(self, scale: LossScale | None = None) -> Tensor:
         """Apply the gradients in `.grad` and return their norm over all tensors, before clipping.
+        With `scale`, gradients of the loss times it are given, and nothing changes where one of
+        them has overflowed.
 
         Raises:
             RuntimeError: if a parameter has no gradient.
@@ -94,12 +119,22 @@ class FlatOptimizer:
             raise RuntimeError(f"no gradient for {', '.join(missing[:5])}")
         grads: list[Tensor] = [p.grad for p in self.sources.values() if p.grad is not None]
         torch._foreach_copy_(self._grads, grads)
+        changed = [self.flat, self.square, self.momentum, self.step_count]
+        before = [x.clone() for x in changed] if scale else []
+        if scale:
+            self.grad.div_(scale.value)
         norms = torch.stack(list(torch._foreach_norm(self._grads)))
         limits = torch.stack(list(torch._foreach_norm(list(self.params.values()))))
-        return self._apply(
+        norm = self._apply(
             norms, limits, self.flat, self.grad, self.square, self.momentum, self.segment,
             self.step_count, self.progress,
         )  # fmt: skip
+        if scale:
+            applied = torch.isfinite(norm)
+            for now, old in zip(changed, before, strict=True):
+                now.copy_(torch.where(applied, now, old))
+            scale.update(applied)
+        return norm
 
     def _arithmetic(
         self, norms: Tensor, limits: Tensor, flat: Tensor, grad: Tensor, square: Tensor,

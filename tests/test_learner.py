@@ -27,8 +27,9 @@ from torchrl.objectives import (
 )
 
 from dreamer_isaac.config import AlgoConfig, ModelConfig, OptimizationConfig
-from dreamer_isaac.learner import Learner, Noise, lambda_return
+from dreamer_isaac.learner import Learner, Noise, NonFiniteError, lambda_return
 from dreamer_isaac.models import Agent
+from dreamer_isaac.optim import LossScale
 
 B, T, O, A, H = 3, 5, 6, 2, 4
 MODEL = ModelConfig(
@@ -453,17 +454,67 @@ def test_update_learns_and_reports() -> None:
     learner.check_finite()
 
 
-def test_bfloat16_stays_near_float32() -> None:
+def make_half(autocast: Any) -> Learner:
     torch.set_default_dtype(torch.float32)
-    exact, half = make_learner(), make_learner()
-    half = Learner(half.agent, half.algo, OptimizationConfig(autocast="bfloat16"),
-                   torch.Generator().manual_seed(1))  # fmt: skip
-    assert half.net is not half.agent and half.net.rssm.dtype == torch.bfloat16
+    agent = make_learner().agent
+    generator = torch.Generator().manual_seed(1)
+    return Learner(agent, ALGO, OptimizationConfig(autocast=autocast), generator)
+
+
+@pytest.mark.parametrize("autocast", ["bfloat16", "float16"])
+def test_half_precision_stays_near_float32(autocast: Any) -> None:
+    torch.set_default_dtype(torch.float32)
+    exact, half = make_learner(), make_half(autocast)
+    if half.scale is not None:
+        half.scale.value.fill_(2.0**10)  # the initial one overflows once, which costs an update
+    assert half.net is not half.agent and half.net.rssm.dtype == getattr(torch, autocast)
     for seed in range(3):
         one, other = (x.update(make_batch(seed))[0] for x in (exact, half))
-        for k in ("loss/reconstruction", "loss/reward", "loss/critic", "loss/continue"):
+        for k in (
+            "loss/reconstruction",
+            "loss/reward",
+            "loss/critic",
+            "loss/continue",
+            "grad_norm",
+        ):
             assert other[k] == pytest.approx(float(one[k]), rel=0.05, abs=0.05), (seed, k)
     assert half.flat.dtype == torch.float32 and bool((half.flat != exact.flat).any())
+
+
+def test_an_overflow_of_float16_costs_one_update() -> None:
+    half = make_half("float16")
+    assert half.scale is not None
+    half.scale.value.fill_(2.0**40)
+    learned = half.optimizer.flat  # the slow critic moves on
+    before, momentum = learned.clone(), half.optimizer.momentum.clone()
+    half.update(make_batch(0))
+    assert torch.equal(learned, before) and torch.equal(half.optimizer.momentum, momentum)
+    assert half.optimizer.step_count == 0 and half.scale.value == 2.0**39
+    half.check_finite()
+    for _ in range(30):
+        half.update(make_batch(0))
+    assert 0 < half.optimizer.step_count < 31 and bool((learned != before).any())
+    # Gradients that no scale helps are an error in the end.
+    half.scale.value.fill_(half.scale.SMALLEST / 2)
+    half.scale.good.fill_(0)
+    with torch.no_grad():
+        half.flat.fill_(1e30)
+    half.update(make_batch(0))
+    with pytest.raises(NonFiniteError):
+        half.check_finite()
+
+
+def test_the_scale_grows_after_updates_without_overflow() -> None:
+    scale = LossScale(torch.device("cpu"))
+    good, bad = torch.tensor(True), torch.tensor(False)
+    for _ in range(LossScale.PATIENCE - 1):
+        scale.update(good)
+    assert scale.value == LossScale.INITIAL
+    scale.update(good)
+    assert scale.value == 2 * LossScale.INITIAL and scale.good == 0
+    scale.update(good)
+    scale.update(bad)
+    assert scale.value == LossScale.INITIAL and scale.good == 0
 
 
 def test_records_in_another_memory_travel_and_latents_return() -> None:
