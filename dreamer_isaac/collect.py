@@ -28,6 +28,7 @@ from dreamer_isaac.compiling import wait_for_compiler
 from dreamer_isaac.envs.contract import Observation, SimEnv
 from dreamer_isaac.models import Agent, Carry
 from dreamer_isaac.optim import flatten
+from dreamer_isaac.profiling import Phases
 
 Sink = Callable[[TensorDict], None]
 """Receives records [training envs, steps]."""
@@ -207,6 +208,8 @@ class Collector:
         )  # fmt: skip
         self.observation: Observation | None = None
         self._read = torch.zeros(2, dtype=torch.float64)
+        self.phases = Phases(device, enabled=False)
+        """What times the phases of an env step."""
 
     def __enter__(self) -> Collector:
         self.start()
@@ -248,6 +251,7 @@ class Collector:
         """
         records = [self._one() for _ in range(self.steps)]
         self.env.check_finite()
+        self.phases.add(self.phases.take())
         batch: Any = TensorDict.stack(records, 1)
         self.frames += self.steps * self.env.info.num_envs
         return batch
@@ -257,8 +261,10 @@ class Collector:
         assert self.observation is not None, "start() comes first"
         obs, is_first = self.observation
         self.policy.random.fill_(self.frames < self.random_frames)
-        belief, state, action = self.policy(self.observation)
-        action, outcome, self.observation = self.env.step(action)
+        with self.phases("policy step"):
+            belief, state, action = self.policy(self.observation)
+        with self.phases("env step"):
+            action, outcome, self.observation = self.env.step(action)
         rows = slice(self.eval_envs, None)
         self.train_stats.update(outcome.reward[rows], outcome.done[rows])
         if self.eval_envs:

@@ -276,6 +276,17 @@ class LoggerConfig:
 
 
 @dataclass
+class ProfilingConfig:
+    """Where the time goes."""
+
+    enabled: bool = False
+    """Write `profile/phases.md` and `profile/trace.json.gz` for one window between two log points;
+    the run is a little slower in it."""
+    updates: int = 20
+    """Updates in the trace."""
+
+
+@dataclass
 class RunConfig:
     """Where results go."""
 
@@ -298,6 +309,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -460,6 +472,7 @@ def contradictions(cfg: Config) -> list[str]:
         ("checkpoint.keep", ck.keep),
         ("logger.interval_frames", cfg.logger.interval_frames),
         ("model.blocks", cfg.model.blocks),
+        ("profiling.updates", cfg.profiling.updates),
     ):
         need(value > 0, f"{path}={value}: must be above 0.")
     for path, value in (

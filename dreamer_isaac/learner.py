@@ -47,6 +47,7 @@ from dreamer_isaac.config import AlgoConfig, OptimizationConfig
 from dreamer_isaac.models import Agent
 from dreamer_isaac.models.recurrence import Recurrence
 from dreamer_isaac.optim import FlatOptimizer, LaProp, LossScale, flatten
+from dreamer_isaac.profiling import Phases
 
 Batch = Mapping[str, Tensor]
 """Records by name; see `Learner.update`."""
@@ -170,6 +171,8 @@ class Learner:
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._capture = on_gpu[optimization.compile.cudagraph]
         self._graphs: dict[Any, Captured] = {}
+        self.phases = Phases(self.device, enabled=False)
+        """What times the update's phases; to be set before the first update."""
         self._launched: list[torch.cuda.Event] = []
 
     def _make_optimizer(self, optimization: OptimizationConfig) -> FlatOptimizer:
@@ -238,11 +241,15 @@ class Learner:
             if "source" not in self._graphs:
                 self._graphs["source"] = Captured(self, source)
             assert self._graphs["source"].source is source
-            metrics, _ = self._graphs["source"]()
+            graph = self._graphs["source"]
+            metrics, _ = graph()
             self._keep_pace()
+            marks = graph.marks
         else:
             metrics, _ = self._update(source)
+            marks = self.phases.take()
         self.updates += 1
+        self.phases.add(marks)
         return metrics
 
     def _keep_pace(self) -> None:
@@ -258,16 +265,19 @@ class Learner:
         self, source: Source, write_back: bool = True
     ) -> tuple[dict[str, Tensor], TensorDict]:
         """The whole update as a fixed sequence of kernels: no host value is read or written."""
-        sampled = source.sample()
-        batch = {k: sampled[k] for k in FIELDS}
-        self._keep_batch(batch)
+        phase = self.phases
+        with phase("sample"):
+            sampled = source.sample()
+            batch = {k: sampled[k] for k in FIELDS}
+            self._keep_batch(batch)
         if self.working is not self.flat:
             self.working.copy_(self.flat)
         noise = self.draw_noise(batch["obs"].shape[0], batch["obs"].shape[1] - 1)
         self.optimizer.zero_grad()
         total, losses, metrics, observed = self._gradients(batch, noise)
-        norm = self.optimizer.step(self.scale)
-        self._move_slow_critic()
+        with phase("optimizer"):
+            norm = self.optimizer.step(self.scale)
+            self._move_slow_critic()
         healthy = torch.isfinite(norm)
         if self.scale:  # an overflow only costs this update, unless no scale is small enough
             healthy |= self.scale.value >= self.scale.SMALLEST
@@ -281,7 +291,8 @@ class Learner:
             {"belief": belief, "state": self.agent.rssm.compress(state)}, belief.shape[:2]
         )
         if write_back:
-            source.refresh(sampled, latents)
+            with phase("write-back"):
+                source.refresh(sampled, latents)
         return metrics, latents
 
     def _keep_batch(self, batch: Batch) -> None:
@@ -298,22 +309,29 @@ class Learner:
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Observed]:
         """Leaves the gradients in `net`; returns the weighted loss, its terms, metrics, and the
         observed pass."""
-        observed = self.observe(batch, noise)
+        phase = self.phases
+        with phase("observe forward"):
+            observed = self.observe(batch, noise)
         # Cut here: what is above the observed states is differentiated on its own, so that the
         # world model's heads, forward and backward, can run beside the imagination. Two cuts, or
         # both streams would add to the same gradients.
         cuts = [Observed(*(x.detach().requires_grad_() for x in observed)) for _ in range(2)]
-        with self._beside():
+        with self._beside(), phase("world model's heads"):
             total, losses = self._model_total(batch, cuts[0])
             self._scaled(total).backward()
-        belief, state = (x.detach().flatten(0, 1) for x in (observed.belief, observed.state))
-        features, actions = self.imagine(belief, state, noise)
+        with phase("imagination"):
+            belief, state = (x.detach().flatten(0, 1) for x in (observed.belief, observed.state))
+            features, actions = self.imagine(belief, state, noise)
         self._join()
-        other, more, metrics = self._behaviour_total(batch, cuts[1], features, actions)
-        self._scaled(other).backward()
-        pairs = zip(*cuts, strict=True)
-        grads = [reduce(torch.add, [x.grad for x in pair if x.grad is not None]) for pair in pairs]
-        torch.autograd.backward(list(observed), grads)
+        with phase("actor and critic"):
+            other, more, metrics = self._behaviour_total(batch, cuts[1], features, actions)
+            self._scaled(other).backward()
+        with phase("observe backward"):
+            pairs = zip(*cuts, strict=True)
+            grads = [
+                reduce(torch.add, [x.grad for x in pair if x.grad is not None]) for pair in pairs
+            ]
+            torch.autograd.backward(list(observed), grads)
         return (total + other).detach(), losses | more, metrics, observed
 
     def _scaled(self, loss: Tensor) -> Tensor:
@@ -660,6 +678,7 @@ class Captured:
                 learner._update(source, write_back=False)
         torch.cuda.current_stream(learner.device).wait_stream(stream)
         learner.optimizer.zero_grad()  # the graph makes its own
+        learner.phases.take()
         self.graph = torch.cuda.CUDAGraph()
         for generator in generators:
             self.graph.register_generator_state(generator)
@@ -667,6 +686,7 @@ class Captured:
         with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self.out = learner._update(source)
         self.learner, self.kept = learner, learner.last_batch
+        self.marks = learner.phases.take()
         for tensor, value in zip(learner.tensors(), before, strict=True):
             tensor.copy_(value)
         for generator, state in zip(generators, states, strict=True):

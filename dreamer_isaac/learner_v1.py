@@ -78,17 +78,20 @@ class LearnerV1(Learner):
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Observed]:
         # The world model's small kernels run beside the imagination's large ones: all of it,
         # forward too, on the other stream, because a backward runs where its forward ran.
-        with self._beside():
+        phase = self.phases
+        with self._beside(), phase("observe forward"):
             inputs = self._inputs(batch)
             filtered = self.recurrence.filter(*(x.detach() for x in inputs), noise.posterior)
         self._join()
-        with self._beside():
+        with self._beside(), phase("world model's heads and observe backward"):
             observed = self._observed(filtered, inputs, noise)
             total, losses = self._model_total(batch, observed)
             self._scaled(total).backward()
-        found = (x[1:].transpose(0, 1) for x in (filtered.beliefs, filtered.states))
-        features = self.dream(*self._starts(*found), noise)
-        actor, critic, metrics = self._behaviour_gradients(features)
+        with phase("imagination"):
+            found = (x[1:].transpose(0, 1) for x in (filtered.beliefs, filtered.states))
+            features = self.dream(*self._starts(*found), noise)
+        with phase("actor and critic"):
+            actor, critic, metrics = self._behaviour_gradients(features)
         self._join()
         losses = losses | {"actor": actor, "critic": critic}
         total = torch.stack([total, actor, critic]).detach().sum()

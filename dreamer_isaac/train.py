@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 
 from dreamer_isaac import checkpoint, cli
 from dreamer_isaac.checkpoint import Checkpoints
@@ -32,6 +33,7 @@ from dreamer_isaac.main import (
     write_json,
 )
 from dreamer_isaac.models import Agent
+from dreamer_isaac.profiling import Phases, Profiler
 from dreamer_isaac.replay import Replay
 
 
@@ -150,7 +152,15 @@ class Run:
             cfg.collector.init_random_frames, cfg.optimization.replay_ratio_floor,
             train_envs / cfg.env.num_envs, 4 * cfg.collector.frames_per_batch,
         )  # fmt: skip
+        self.extending = Phases(store, cfg.profiling.enabled)
         self.collector = self._collector(generators[0])
+        self.profiler: Profiler | None = None
+        if cfg.profiling.enabled:
+            self.learner.phases = Phases(self.device)
+            self.collector.phases = Phases(self.sim_device)
+            parts = {"learner": self.learner.phases, "buffer": self.extending,
+                     "collector": self.collector.phases}  # fmt: skip
+            self.profiler = Profiler(folder / "profile", parts, cfg.profiling.updates)
         self.checkpoints = Checkpoints(folder / "checkpoints", cfg.checkpoint.keep)
         self.frames = 0
         self.episodes = 0.0
@@ -162,7 +172,7 @@ class Run:
         on_gpu = self.sim_device.type == "cuda"
         compiled = {"true": True, "false": False, "auto": on_gpu}
         setup = Setup(
-            self.env, self.agent, self.replay.extend, generator,
+            self.env, self.agent, self._extend, generator,
             cfg.collector.frames_per_batch // cfg.env.num_envs, cfg.collector.init_random_frames,
             cfg.evaluation.num_envs, cfg.algo.exploration_noise,
             on_gpu and compiled[cfg.optimization.compile.cudagraph],
@@ -177,6 +187,11 @@ class Run:
         if kind == "sync":
             return Sync(setup)
         return Thread(setup, self.learner.flat, self.device, cfg.collector.total_frames)
+
+    def _extend(self, records: TensorDictBase) -> None:
+        with self.extending("extend"):
+            self.replay.extend(records)
+        self.extending.add(self.extending.take())
 
     def acting_agent(self) -> Agent:
         """The networks as they are now, on the simulator's device."""
@@ -348,6 +363,8 @@ def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
                 if collector.pending:
                     break
             collector.allow(run.limiter.allowance(run.frames))
+            if run.profiler:
+                run.profiler.updated(learner.updates)
             if learner.updates > published and collector.publish(learner.updates):
                 published = learner.updates
 
@@ -359,6 +376,9 @@ def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
                 row = meter.row(metrics, collector.read_stats())
                 logger.write(row)
                 run.console.progress(meter.line(row), keep=True)
+                table = run.profiler.log_point(learner.updates) if run.profiler else None
+                if table:
+                    run.console.say(f"profile: {run.folder / 'profile'}\n{table}")
             else:
                 run.console.progress(meter.line(meter.last), keep=False)
             if run.frames - saved >= cfg.checkpoint.interval_frames or done:

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "dreamer_isaac"
 LAYERS = [
     {"config", "launch"},
-    {"compiling", "envs", "models", "replay", "checkpoint", "logger", "optim"},
+    {"compiling", "profiling", "envs", "models", "replay", "checkpoint", "logger", "optim"},
     {"learner", "learner_v1", "collect", "evaluate"},
     {"main", "train", "cli"},
 ]
