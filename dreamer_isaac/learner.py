@@ -397,7 +397,7 @@ class Learner:
         )
         return Observed(*self._finish(*unrolled, first, start, noise.arrival))
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What the recurrence starts from and is fed with, time-major: belief [B, D] and state
         before the first step; action, embedding, first [T, B, ...]; the initial belief."""
         rssm = self.net.rssm

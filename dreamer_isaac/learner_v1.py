@@ -81,7 +81,7 @@ class LearnerV1(Learner):
         phase = self.phases
         with self._beside(), phase("observe forward"):
             inputs = self._inputs(batch)
-            filtered = self.recurrence.filter(*(x.detach() for x in inputs), noise.posterior)
+            filtered = self.recurrence.filter(*inputs, noise.posterior)
         self._join()
         with self._beside(), phase("world model's heads and observe backward"):
             observed = self._observed(filtered, inputs, noise)
@@ -127,7 +127,7 @@ class LearnerV1(Learner):
 
     def observe(self, batch: Batch, noise: Noise) -> Observed:
         inputs = self._inputs(batch)
-        filtered = self.recurrence.filter(*(x.detach() for x in inputs), noise.posterior)
+        filtered = self.recurrence.filter(*inputs, noise.posterior)
         return self._observed(filtered, inputs, noise)
 
     def _observed(self, filtered: Filtered, inputs: tuple[Tensor, ...], noise: Noise) -> Observed:

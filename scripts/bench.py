@@ -20,6 +20,7 @@ import platform
 import statistics
 import sys
 import time
+import warnings
 from typing import Any
 
 START = time.monotonic()
@@ -175,7 +176,37 @@ def learner(arguments: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cuda":
         result["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
         result |= kernels(torch, update, wait, arguments.top)
+    if arguments.compare:
+        result["torchrl"] = torchrl(arguments, cfg, torch, device, wait)
+        theirs, ours = (x["update_ms"]["median"] for x in (result["torchrl"], result))
+        result["torchrl"]["times_slower"] = round(theirs / ours, 2)
     return result | {"hardware": hardware(torch, device)}
+
+
+def torchrl(
+    arguments: argparse.Namespace, cfg: Any, torch: Any, device: Any, wait: Any
+) -> dict[str, Any]:
+    """The same work by TorchRL's own losses and optimisers, less sampling and write-back."""
+    from torchrl_learners import v1_update, v3_update
+
+    from dreamer_isaac.models import Agent
+
+    torch.manual_seed(0)
+    widths = arguments.observation, arguments.action
+    agent = Agent(*widths, cfg.model, cfg.algo).to(device)
+    rb = cfg.replay_buffer
+    make = v1_update if cfg.algo.name == "dreamer_v1" else v3_update
+    begin = time.monotonic()
+    update = make(agent, cfg, rb.batch_size // rb.batch_length, rb.batch_length, device)
+    update()
+    wait()
+    started = time.monotonic() - begin
+    timed(update, wait, 3, 1)
+    return {
+        "what": (make.__doc__ or "").strip().replace("\n    ", " "),
+        "update_ms": spread(timed(update, wait, max(1, arguments.updates // 5), arguments.blocks)),
+        "first_update_seconds": round(started, 2),
+    }  # fmt: skip
 
 
 def replay(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -226,7 +257,7 @@ def resources(torch: Any) -> dict[str, float]:
     """What a leak would make grow."""
     with open("/proc/self/status") as f:
         status = dict(line.split(":", 1) for line in f)
-    out = {
+    out: dict[str, float] = {
         "rss_mib": int(status["VmRSS"].split()[0]) // 1024, "threads": int(status["Threads"]),
         "files": len(os.listdir("/proc/self/fd")),
     }  # fmt: skip
@@ -234,6 +265,28 @@ def resources(torch: Any) -> dict[str, float]:
         devices = range(torch.cuda.device_count())
         out["gpu_mib"] = sum(torch.cuda.memory_reserved(i) for i in devices) // 2**20
     return out
+
+
+def host_syncs(torch: Any, run: Any) -> dict[str, float]:
+    """Where the host waits for the GPU while the collector steps: file and line -> times an env
+    step, as torch reports them (what Warp waits for by itself is not in it)."""
+    if run.sim_device.type != "cuda":
+        return {}
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            frames = run.collector.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    counts: dict[str, int] = {}
+    for warning in seen:
+        if "synchroniz" in str(warning.message):
+            where = warning.filename.split("site-packages/")[-1].split("dreamer_isaac/")[-1]
+            key = f"{where}:{warning.lineno}"
+            counts[key] = counts.get(key, 0) + 1
+    steps = float(frames) / run.env.info.num_envs
+    return {k: round(n / steps, 3) for k, n in sorted(counts.items(), key=lambda kv: -kv[1])}
 
 
 def drive(run: Any, seconds: float, learn: bool, collect: bool = True) -> dict[str, float]:
@@ -292,6 +345,8 @@ def simulated(arguments: argparse.Namespace) -> dict[str, Any]:
                 values = [r[key] for r in rates]
                 if any(values):
                     result[f"{name}/{key}"] = spread(values)
+        if arguments.what == "collect":
+            result["host_syncs_per_step"] = host_syncs(torch, run)
     if {"collect", "both", "learn"} <= phases.keys():
         for key in ("frames_per_second", "updates_per_second"):
             alone = "collect" if key[0] == "f" else "learn"
@@ -345,6 +400,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20.0, help="of every phase")
     parser.add_argument("--phases", default="collect,both,learn", help="of `pipeline`")
+    parser.add_argument("--compare", action="store_true", help="time TorchRL's learner as well")
     parser.add_argument("--top", type=int, default=0, help="list this many slowest kernels")
     arguments = parser.parse_intermixed_args()
     call = {"learner": learner, "replay": replay, "collect": simulated, "pipeline": simulated}

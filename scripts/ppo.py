@@ -128,13 +128,15 @@ def main() -> None:
 
 def evaluate(env: Any, policy: Any, torch: Any) -> Any:
     """The return of the first whole episode of every env, actions without noise."""
+    from mjlab.rl import RslRlVecEnvWrapper
+
     envs = env.num_envs
     total = torch.zeros(envs, device=env.device)
     running = torch.ones(envs, dtype=torch.bool, device=env.device)
     with torch.inference_mode():
         obs, _ = env.reset()
         for _ in range(int(env.max_episode_length)):
-            obs, reward, done, _ = super(type(env), env).step(policy(obs))
+            obs, reward, done, _ = RslRlVecEnvWrapper.step(env, policy(obs))  # not the counting one
             total += reward * running
             running &= ~done.bool()
     return total

@@ -8,23 +8,8 @@ import pytest
 import torch
 import torchrl.modules.models.model_based as torchrl_models
 from tensordict import TensorDict
-from tensordict.nn import (
-    ProbabilisticTensorDictModule,
-    ProbabilisticTensorDictSequential,
-    TensorDictModule,
-    TensorDictSequential,
-)
 from torch import Tensor, nn
-from torchrl.data import Composite, Unbounded
-from torchrl.envs.model_based.dreamer import DreamerEnv
-from torchrl.modules import SymExpTwoHot, WorldModelWrapper
-from torchrl.modules.models.model_based import RSSMPosteriorV3, RSSMPriorV3, RSSMRolloutV3
-from torchrl.objectives import (
-    DreamerV3ActorLoss,
-    DreamerV3Loss,
-    DreamerV3ModelLoss,
-    DreamerV3ValueLoss,
-)
+from torchrl_learners import v3_loss
 
 from dreamer_isaac.config import AlgoConfig, ModelConfig, OptimizationConfig
 from dreamer_isaac.learner import Learner, Noise, NonFiniteError, lambda_return
@@ -84,169 +69,6 @@ def make_batch(seed: int = 0) -> TensorDict:
 # -- against TorchRL ---------------------------------------------------------------------------
 
 
-class Split(nn.Module):
-    """[belief, state] features in our order, from TorchRL's separate keys."""
-
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
-
-    def forward(self, state: Tensor, belief: Tensor) -> Any:
-        return self.net(torch.cat([belief, state], -1))
-
-
-class Head(nn.Module):
-    """A two-hot head as (logits, mean)."""
-
-    def __init__(self, net: nn.Module, twohot: SymExpTwoHot):
-        super().__init__()
-        self.net, self.twohot = net, twohot
-
-    def forward(self, state: Tensor, belief: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.net(torch.cat([belief, state], -1))
-        return logits, self.twohot(logits)
-
-
-class Symexp(nn.Module):
-    """Our decoder predicts in symlog space, TorchRL's loss takes the symlog itself."""
-
-    def __init__(self, agent: Agent):
-        super().__init__()
-        self.agent = agent
-
-    def forward(self, state: Tensor, belief: Tensor) -> Tensor:
-        return self.agent.decoder.decode(torch.cat([belief, state], -1))
-
-
-class Continue(nn.Module):
-    def __init__(self, agent: Agent, probability: bool):
-        super().__init__()
-        self.agent, self.probability = agent, probability
-
-    def forward(self, state: Tensor, belief: Tensor) -> Tensor:
-        logit = self.agent.continuation(torch.cat([belief, state], -1)).unsqueeze(-1)
-        return logit.sigmoid() if self.probability else logit
-
-
-def torchrl_rssm(agent: Agent) -> tuple[RSSMPriorV3, RSSMPosteriorV3, dict[str, str]]:
-    """TorchRL's modules *sharing* our parameters, so that gradients land in one place."""
-    ours = agent.rssm
-    prior = RSSMPriorV3(
-        action_shape=torch.Size([A]), action_dim=A, hidden_dim=MODEL.hidden, rnn_hidden_dim=D,
-        num_categoricals=S, num_classes=K, recurrent_model="block_gru", num_blocks=MODEL.blocks,
-        unimix=MODEL.unimix,
-    )  # fmt: skip
-    posterior = RSSMPosteriorV3(
-        hidden_dim=MODEL.hidden, num_categoricals=S, num_classes=K, rnn_hidden_dim=D,
-        obs_embed_dim=MODEL.units, use_rms_norm=True, unimix=MODEL.unimix,
-    )  # fmt: skip
-
-    def share(theirs: nn.Module, mine: nn.Module) -> None:
-        for name, p in list(mine.named_parameters(recurse=False)):
-            theirs.register_parameter(name, p)
-
-    for theirs, mine in (
-        (prior.rnn.belief_projection, ours.belief_in), (prior.rnn.state_projection, ours.state_in),
-        (prior.rnn.action_projection, ours.action_in), (prior.rnn_to_prior_projector, ours.prior),
-    ):  # fmt: skip
-        for a, b in zip(theirs, mine, strict=True):
-            share(a, b)
-    share(prior.rnn.hidden_layers[0], ours.mix)
-    share(prior.rnn.hidden_layers[1], ours.mix_norm)
-    share(prior.rnn.gates, ours.gates)
-    layers = [m for m in posterior.modules() if not list(m.children())]
-    norms = [m for m in layers if isinstance(m, torchrl_models._DreamerV3RMSNorm)]
-    linears = [m for m in layers if isinstance(m, nn.Linear)]
-    share(linears[0], ours.posterior_in)
-    share(norms[0], ours.posterior_norm)
-    share(linears[1], ours.posterior_out)
-    return prior, posterior, {}
-
-
-def torchrl_loss(agent: Agent, algo: AlgoConfig) -> DreamerV3Loss:
-    prior, posterior, _ = torchrl_rssm(agent)
-    encoder = TensorDictModule(
-        agent.encoder, in_keys=[("next", "obs")], out_keys=[("next", "encoded_latents")]
-    )
-    rollout = RSSMRolloutV3(
-        TensorDictModule(
-            prior, in_keys=["state", "belief", "action"],
-            out_keys=[("next", "prior_logits"), ("next", "state"), ("next", "belief")],
-        ),
-        TensorDictModule(
-            posterior, in_keys=[("next", "belief"), ("next", "encoded_latents")],
-            out_keys=[("next", "posterior_logits"), ("next", "state")],
-        ),
-        reset_key="is_init",
-    )  # fmt: skip
-    features = [("next", "state"), ("next", "belief")]
-    twohot = agent.reward.twohot
-    world = TensorDictSequential(
-        encoder, rollout,
-        TensorDictModule(Symexp(agent), in_keys=features, out_keys=[("next", "reco_pixels")]),
-        TensorDictModule(
-            Head(agent.reward, twohot), in_keys=features,
-            out_keys=[("next", "reward_logits"), ("next", "reward")],
-        ),
-        TensorDictModule(
-            Continue(agent, False), in_keys=features, out_keys=[("next", "continue_pred")]
-        ),
-    )  # fmt: skip
-    imagination = WorldModelWrapper(
-        TensorDictModule(
-            prior, in_keys=["state", "belief", "action"], out_keys=["_", "state", "belief"]
-        ),
-        TensorDictModule(
-            Head(agent.reward, twohot), in_keys=["state", "belief"], out_keys=["_l", "reward"]
-        ),
-    )
-    env = DreamerEnv(imagination, prior_shape=(S * K,), belief_shape=(D,))
-    env.observation_spec = Composite(state=Unbounded(S * K), belief=Unbounded(D))
-    env.state_spec = env.observation_spec.clone()
-    env.action_spec = Unbounded((A,))
-    env.reward_spec = Unbounded((1,))
-    actor = ProbabilisticTensorDictSequential(
-        TensorDictModule(
-            Split(agent.actor), in_keys=["state", "belief"], out_keys=["loc", "scale"]
-        ),
-        ProbabilisticTensorDictModule(
-            in_keys=["loc", "scale"], out_keys=["action"], return_log_prob=True,
-            distribution_class=lambda loc, scale: torch.distributions.Independent(
-                torch.distributions.Normal(loc, scale), 1
-            ),
-        ),
-    )  # fmt: skip
-    value = TensorDictModule(
-        Head(agent.critic, agent.critic.twohot), in_keys=["state", "belief"],
-        out_keys=["value_logits", "state_value"],
-    )  # fmt: skip
-    model_loss = DreamerV3ModelLoss(
-        world, reward_two_hot=True, num_reward_bins=MODEL.bins, kl_mode="separate",
-        lambda_kl=1.0, lambda_dynamic=algo.dyn_scale, lambda_representation=algo.rep_scale,
-        free_bits=algo.free_nats, unimix=MODEL.unimix, lambda_continue=1.0,
-        continue_target_scale=1 - 1 / algo.discount_horizon, detach_output=False,
-        reco_symlog=True,
-    )  # fmt: skip
-    model_loss.set_keys(pixels="obs")
-    actor_loss = DreamerV3ActorLoss(
-        actor, value, env, imagination_horizon=H, use_reinforce=True,
-        entropy_bonus=algo.entropy,
-        continuation_model=TensorDictModule(
-            Continue(agent, True), in_keys=["state", "belief"], out_keys=["continuation"]
-        ),
-    )  # fmt: skip
-    actor_loss.make_value_estimator(gamma=1.0, lmbda=algo.lmbda)
-    value_loss = DreamerV3ValueLoss(
-        value, value_loss="two_hot", num_value_bins=MODEL.bins, actor_loss=actor_loss,
-        slow_critic_regularization=algo.slow_critic_scale,
-    )  # fmt: skip
-    value_loss.set_keys(value_logits="value_logits")
-    return DreamerV3Loss(
-        model_loss, actor_loss, value_loss, replay_value_loss_weight=algo.replay_critic_scale,
-        continuation_horizon=algo.discount_horizon, lmbda=algo.lmbda,
-    )  # fmt: skip
-
-
 def feed_noise(monkeypatch: pytest.MonkeyPatch, noise: Noise) -> None:
     """TorchRL draws inside; hand it ours in the order in which it asks."""
     uniforms = iter(noise.prior)
@@ -270,7 +92,7 @@ def test_losses_and_gradients_equal_torchrl(monkeypatch: pytest.MonkeyPatch) -> 
     learner = make_learner()
     agent, algo, batch = learner.agent, learner.algo, make_batch()
     noise = learner.draw_noise(B, T)
-    theirs = torchrl_loss(agent, algo)
+    theirs = v3_loss(agent, MODEL, algo)
     # TorchRL keeps a functional copy of the critic and its own slow critic.
     learner.agent.slow_critic.load_state_dict(agent.critic.state_dict())
 

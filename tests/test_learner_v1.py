@@ -7,19 +7,8 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import (
-    NormalParamExtractor,
-    ProbabilisticTensorDictModule,
-    ProbabilisticTensorDictSequential,
-    TensorDictModule,
-    TensorDictSequential,
-)
 from torch import Tensor, nn
-from torchrl.data import Composite, Unbounded
-from torchrl.envs.model_based.dreamer import DreamerEnv
-from torchrl.modules import TanhNormal, WorldModelWrapper
-from torchrl.modules.models.model_based import RSSMPosterior, RSSMPrior, RSSMRollout
-from torchrl.objectives import DreamerActorLoss, DreamerModelLoss, DreamerValueLoss
+from torchrl_learners import v1_losses
 
 from dreamer_isaac.config import AlgoConfig, ModelConfig, OptimizationConfig
 from dreamer_isaac.learner_v1 import LearnerV1
@@ -65,50 +54,6 @@ def make_batch(seed: int = 0) -> TensorDict:
     )  # fmt: skip
 
 
-class Joined(nn.Module):
-    """Our networks read [belief, state]; TorchRL's modules pass them apart."""
-
-    def __init__(self, net: nn.Module, shape: tuple[int, ...] = (1,)):
-        super().__init__()
-        self.net, self.shape = net, shape
-
-    def forward(self, state: Tensor, belief: Tensor) -> Tensor:
-        out = self.net(torch.cat([belief, state], -1))
-        return out.view(*state.shape[:-1], *self.shape)
-
-
-class ActorNet(nn.Module):
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
-        self.extract = NormalParamExtractor(scale_mapping="biased_softplus_5.0_0.0001")
-
-    def forward(self, state: Tensor, belief: Tensor) -> tuple[Tensor, ...]:
-        return self.extract(self.net(torch.cat([belief, state], -1)))
-
-
-def share(theirs: nn.Module, mine: nn.Module) -> None:
-    for (name, _), p in zip(
-        list(theirs.named_parameters(recurse=False)), mine.parameters(recurse=False), strict=True
-    ):
-        theirs.register_parameter(name, p)
-
-
-def torchrl_rssm(agent: Agent) -> tuple[RSSMPrior, RSSMPosterior]:
-    """TorchRL's modules sharing our parameters."""
-    ours = agent.rssm
-    prior = RSSMPrior(Unbounded((A,)), MODEL.hidden, D, S, scale_lb=0.1, action_dim=A)
-    prior.rnn = nn.GRUCell(MODEL.hidden, D)  # TorchRL's own insists on float32
-    posterior = RSSMPosterior(MODEL.hidden, S, 0.1, D, MODEL.units)
-    share(prior.action_state_projector[0], ours.joint_in)
-    share(prior.rnn, ours.rnn)
-    for theirs, mine in ((prior.rnn_to_prior_projector, ours.prior),
-                         (posterior.obs_rnn_to_post_projector, ours.posterior)):  # fmt: skip
-        for i in (0, 2):
-            share(theirs[i], mine[i])
-    return prior, posterior
-
-
 def test_losses_and_gradients_equal_torchrl(monkeypatch: pytest.MonkeyPatch) -> None:
     learner, batch = make_learner(), make_batch()
     agent, noise = learner.agent, learner.draw_noise(B, T)
@@ -122,34 +67,8 @@ def test_losses_and_gradients_equal_torchrl(monkeypatch: pytest.MonkeyPatch) -> 
         for k, v in losses.items()
     }  # fmt: skip
 
-    prior, posterior = torchrl_rssm(agent)
     monkeypatch.setattr(Tensor, "float", lambda self: self.to(torch.float64))
-    features = [("next", "state"), ("next", "belief")]
-    rollout = RSSMRollout(
-        TensorDictModule(
-            prior, in_keys=["state", "belief", "action"],
-            out_keys=[("next", "prior_mean"), ("next", "prior_std"), "_", ("next", "belief")],
-        ),
-        TensorDictModule(
-            posterior, in_keys=[("next", "belief"), ("next", "encoded_latents")],
-            out_keys=[("next", "posterior_mean"), ("next", "posterior_std"), ("next", "state")],
-        ),
-    )  # fmt: skip
-    world = TensorDictSequential(
-        TensorDictSequential(
-            TensorDictModule(
-                agent.encoder, in_keys=[("next", "vector")], out_keys=[("next", "encoded_latents")]
-            ),
-            rollout,
-            TensorDictModule(  # four trailing sizes, so that the loss sums over O alone
-                Joined(agent.decoder, (1, 1, O)), in_keys=features,
-                out_keys=[("next", "reco_pixels")],
-            ),
-        ),
-        TensorDictModule(Joined(agent.reward), in_keys=features, out_keys=[("next", "reward")]),
-    )  # fmt: skip
-    model_loss = DreamerModelLoss(world, free_nats=ALGO.free_nats)  # type: ignore[arg-type]
-
+    model_loss, actor_loss, value_loss = v1_losses(agent, MODEL, ALGO)
     # Draws: a prior (discarded) and a posterior one per observed step, then H imagined ones.
     queue: list[Tensor] = []
     for t in range(T):
@@ -171,55 +90,15 @@ def test_losses_and_gradients_equal_torchrl(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(seen["next", "belief"], observed.belief.detach())
     torch.testing.assert_close(seen["next", "state"], observed.state.detach())
 
-    imagination = WorldModelWrapper(
-        TensorDictModule(
-            prior, in_keys=["state", "belief", "action"],
-            out_keys=["_m", "_s", "state", "belief"],
-        ),
-        TensorDictModule(Joined(agent.reward), in_keys=["state", "belief"], out_keys=["reward"]),
-    )  # fmt: skip
-    env = DreamerEnv(imagination, prior_shape=(S,), belief_shape=(D,))
-    env.observation_spec = Composite(state=Unbounded(S), belief=Unbounded(D))
-    env.state_spec = env.observation_spec.clone()
-    env.action_spec = Unbounded((A,))
-    env.reward_spec = Unbounded((1,))
-    actor = ProbabilisticTensorDictSequential(
-        TensorDictModule(
-            ActorNet(agent.actor.net), in_keys=["state", "belief"], out_keys=["loc", "scale"]
-        ),
-        ProbabilisticTensorDictModule(
-            in_keys=["loc", "scale"], out_keys=["action"], distribution_class=TanhNormal
-        ),
-    )
-    value = TensorDictModule(
-        Joined(agent.critic), in_keys=["state", "belief"], out_keys=["state_value"]
-    )
     normals = iter(noise.action)
     monkeypatch.setattr(
         torch.distributions.normal, "_standard_normal", lambda *_, **__: next(normals)
-    )
-    actor_loss = DreamerActorLoss(
-        actor,
-        value,
-        env,
-        imagination_horizon=H,
-        discount_loss=True,  # type: ignore[arg-type]
-    )
-    # Without time_dim TorchRL 0.14.1 takes the last dimension (size 1) for time, because the loss
-    # hands over a TensorDict without batch dimensions, and the return is TD(0) whatever lambda is.
-    actor_loss.make_value_estimator(
-        gamma=1 - 1 / ALGO.discount_horizon, lmbda=ALGO.lmbda, time_dim=-2
     )
     start = TensorDict(
         state=observed.state.detach().flatten(0, 1), belief=observed.belief.detach().flatten(0, 1),
         batch_size=[B * T],
     )  # fmt: skip
     actor_result, fake = actor_loss(start)
-    value_loss = DreamerValueLoss(
-        value,
-        discount_loss=True,
-        gamma=1 - 1 / ALGO.discount_horizon,  # type: ignore[arg-type]
-    )
     value_result, _ = value_loss(fake)
 
     theirs = {

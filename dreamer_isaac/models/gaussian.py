@@ -242,6 +242,7 @@ class GaussianRecurrence:
     ) -> Filtered:  # fmt: skip
         """The first loop, T steps without gradients; the arguments are `Recurrence.unroll`'s."""
         with torch.no_grad():
+            action, embedding, start = (x.detach() for x in (action, embedding, start))
             weights = self.weights()
             state = join(state)
             theirs = F.linear(belief, weights.on_belief[: len(weights.gates_bias)])

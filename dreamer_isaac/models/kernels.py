@@ -11,6 +11,8 @@ a CPU through Triton's interpreter. Sums, norms and gates are float32; products 
 own type. Rows (sequences) come in tiles of ROWS, columns in tiles of COLUMNS.
 """
 
+# Triton's functions are called by its compiler, with `[grid]`, which type checkers do not know.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import threading
@@ -36,7 +38,8 @@ MOST_ROWS = 32
 
 def fits(rssm: RSSM, rows: int) -> bool:
     """Whether these kernels can run this model on so many sequences, and are worth it."""
-    width, hidden = rssm.belief // rssm.blocks, rssm.belief_in[0].out_features
+    first: Any = rssm.belief_in[0]
+    width, hidden = rssm.belief // rssm.blocks, first.out_features
     power = all(n & (n - 1) == 0 for n in (hidden, rssm.classes))
     return (
         rows <= MOST_ROWS and power and rssm.classes >= 16 and hidden % DEPTH == 0
@@ -559,7 +562,7 @@ class FusedRecurrence(Recurrence):
     @torch.no_grad()
     def _try(self, rows: int) -> None:
         """One step of both loops on zeros."""
-        r = self.rssm
+        r: Any = self.rssm
         device, hidden = r.gates.weight.device, r.belief_in[0].out_features
         with torch.cuda.stream(torch.cuda.Stream(device)):
             zeros = r.gates.weight.new_zeros
