@@ -133,10 +133,14 @@ def run(argv: list[str]) -> int:
 
     from dreamer_isaac.launch import simulator
 
-    with simulator(cfg):
-        from dreamer_isaac.main import main  # the first import of torch
+    try:
+        with simulator(cfg):
+            from dreamer_isaac.main import main  # the first import of torch
 
-        return main(cfg)
+            return main(cfg)
+    except ConfigError as e:  # of the task, which only its simulator knows
+        print(f"error: {e}", file=sys.stderr)
+        return 2
 
 
 def dump(raw: dict[str, Any]) -> str:

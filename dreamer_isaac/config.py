@@ -57,6 +57,9 @@ class EnvConfig:
     """Where the simulator and the acting policy run: `auto`, `cpu`, `cuda`, `cuda:1`, ..."""
     from_pixels: bool = False
     """Camera observations. Not built yet: only `false` is accepted."""
+    physics: str = "auto"
+    """Isaac Lab 3.x: the physics engine, `newton_mjwarp`, `physx`, ... `auto`: the task's default
+    where Isaac Sim is installed, Newton otherwise."""
     import_: str = key("import", default="")
     """A module to import first, e.g. `my_pkg.tasks`, which registers the user's own tasks."""
     action_bound: float = 1.0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from dreamer_isaac.config import (
-    EMBEDDED_TASKS,
     MJLAB_PREFIX,
     Config,
     ConfigError,
@@ -25,16 +28,15 @@ def choose_backend(cfg: Config) -> tuple[str, str]:
     asked = cfg.env.backend
     if asked == "toy":
         return "toy", "asked for"
-    if asked == "isaaclab" or (asked == "auto" and isaaclab_available()):
-        if asked == "isaaclab" and not isaaclab_available():
-            raise ConfigError([
-                "env.backend=isaaclab, but Isaac Lab cannot be imported here (no isaaclab with "
-                "isaacsim or newton). Remedy: env.backend=mjlab, or run in Isaac Lab's Python."
-            ])  # fmt: skip
-        if asked == "auto" and (cfg.env.name in EMBEDDED_TASKS or _mjlab_id(cfg)) \
-                and module_exists("mjlab"):  # fmt: skip
-            return "mjlab", "Isaac Lab is installed, but its backend is not built yet"
-        raise ConfigError(["the isaaclab backend is not built yet. Remedy: env.backend=mjlab."])
+    if asked == "isaaclab" and not isaaclab_available():
+        raise ConfigError([
+            "env.backend=isaaclab, but Isaac Lab cannot be imported here (no isaaclab with "
+            "isaacsim or newton). Remedy: env.backend=mjlab, or run in Isaac Lab's Python."
+        ])  # fmt: skip
+    if asked == "isaaclab":
+        return "isaaclab", "asked for"
+    if asked == "auto" and isaaclab_available() and not _mjlab_id(cfg):
+        return "isaaclab", "Isaac Lab is installed"
     if not module_exists("mjlab"):
         raise ConfigError([
             f"env.backend={asked} needs mjlab, which is not installed here. Remedy: "
@@ -47,13 +49,71 @@ def _mjlab_id(cfg: Config) -> bool:
     return cfg.env.name.startswith(MJLAB_PREFIX) or bool(cfg.env.import_)
 
 
+prepared: Any = None
+"""The configuration of the Isaac Lab task that `simulator` has launched."""
+
+
+def isaaclab_is_3() -> bool:
+    """Whether the Isaac Lab that is installed is 3.x: by its files, nothing is imported."""
+    spec = importlib.util.find_spec("isaaclab_tasks")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    return any((Path(f) / "utils" / "sim_launcher.py").is_file() for f in folders)
+
+
 @contextmanager
 def simulator(cfg: Config) -> Iterator[None]:
     """Prepare the process for the simulator; must be entered before torch is imported.
 
-    The embedded simulator needs only environment variables.
+    The embedded simulator needs only environment variables. Isaac Lab 3.x says by the task's
+    configuration what it needs; 2.3 needs Isaac Sim, which must be started before torch.
     """
     os.environ.setdefault("TD_GET_DEFAULTS_TO_NONE", "1")
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("MPLBACKEND", "agg")
-    yield
+    if choose_backend(cfg)[0] != "isaaclab":
+        yield
+    elif isaaclab_is_3():
+        with _isaaclab_3(cfg):
+            yield
+    else:
+        with _isaac_sim(cfg):
+            yield
+
+
+@contextmanager
+def _isaaclab_3(cfg: Config) -> Iterator[None]:
+    global prepared
+    from isaaclab_tasks.utils import launch_simulation
+
+    from dreamer_isaac.envs.isaaclab import task_config
+
+    device = cfg.env.device
+    if device == "auto":
+        import torch
+
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    prepared = task_config(cfg, device)
+    options = {"headless": True, "device": device, "enable_cameras": cfg.env.from_pixels}
+    try:
+        with launch_simulation(prepared, options):
+            yield
+    finally:
+        prepared = None
+
+
+@contextmanager
+def _isaac_sim(cfg: Config) -> Iterator[None]:
+    from isaaclab.app import AppLauncher
+
+    options: dict[str, Any] = {"headless": True, "enable_cameras": cfg.env.from_pixels}
+    if cfg.env.device != "auto":
+        options["device"] = cfg.env.device
+    arguments, sys.argv = sys.argv, sys.argv[:1]  # it would read and change ours
+    try:
+        app = AppLauncher(options).app
+    finally:
+        sys.argv = arguments
+    try:
+        yield
+    finally:
+        app.close()

@@ -28,4 +28,11 @@ def make_env(cfg: Config, backend: str, device: torch.device, render: bool = Fal
         from dreamer_isaac.envs.mjlab import make_mjlab
 
         return make_mjlab(cfg, device, render)
+    if backend == "isaaclab":
+        from dreamer_isaac import launch
+        from dreamer_isaac.envs.isaaclab import make_isaaclab, task_config
+
+        task = launch.prepared or task_config(cfg, str(device))
+        task.sim.device = str(device)
+        return make_isaaclab(cfg, device, task)
     raise ValueError(f"no backend {backend!r}")
