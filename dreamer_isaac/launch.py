@@ -1,5 +1,6 @@
 """Which simulator runs, and the process environment it needs. Imports no torch."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import importlib.util

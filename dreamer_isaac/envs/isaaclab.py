@@ -4,6 +4,7 @@
 Sim, which must come before torch; 3.x: nothing, or Kit where the task's physics asks for it).
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import difflib
