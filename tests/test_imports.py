@@ -7,8 +7,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "dreamer_isaac"
 LAYERS = [
-    {"config", "launch"},
-    {"compiling", "profiling", "envs", "models", "replay", "checkpoint", "logger", "optim"},
+    {"config"},
+    {"assets", "compiling", "profiling", "envs", "models", "replay", "checkpoint", "logger"}
+    | {"optim", "launch"},
     {"learner", "learner_v1", "collect", "evaluate"},
     {"main", "train", "cli"},
 ]
