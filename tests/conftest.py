@@ -7,11 +7,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TD_GET_DEFAULTS_TO_NONE", "1")
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter; it must be chosen before anything imports triton.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # A run of seconds: the toy simulator and networks of a few thousand parameters.
 TOY = [
@@ -43,3 +48,18 @@ def program() -> Callable[..., subprocess.CompletedProcess[str]]:
         )  # fmt: skip
 
     return run
+
+
+def check_that_nothing_changes_later(env: Any, actions: list[torch.Tensor]) -> None:
+    """What a simulator hands out must not be written to again when it goes on."""
+    handed: list[torch.Tensor] = list(env.reset())
+    copies = [t.clone() for t in handed]
+    for action in actions:
+        executed, outcome, observation = env.step(action)
+        fresh = [executed, *outcome, *observation]
+        copies += [t.clone() for t in fresh]
+        handed += fresh
+    for now, then in zip(handed, copies, strict=True):
+        assert torch.equal(now, then)
+    places = [t.data_ptr() for t in handed]
+    assert len(set(places)) == len(places)

@@ -8,7 +8,6 @@ Sim, which must come before torch; 3.x: nothing, or Kit where the task's physics
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from dreamer_isaac.config import Config, ConfigError
 from dreamer_isaac.envs.contract import EnvInfo, SimEnv
-from dreamer_isaac.envs.paths import set_paths
+from dreamer_isaac.envs.paths import import_tasks, set_paths
 
 ENTRY = "env_cfg_entry_point"
 """Where Isaac Lab's registry keeps a task's configuration."""
@@ -36,12 +35,7 @@ def load_tasks(module: str = "") -> list[str]:
     import gymnasium
     import isaaclab_tasks  # noqa: F401  (registers Isaac Lab's own)
 
-    if module:
-        try:
-            importlib.import_module(module)
-        except ImportError as e:
-            raise ConfigError([f"env.import={module}: {e}. It must be importable from here, e.g. "
-                               "with PYTHONPATH=<the folder of the package>."]) from e  # fmt: skip
+    import_tasks(module)
     return sorted(k for k, spec in gymnasium.registry.items() if ENTRY in (spec.kwargs or {}))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
 import io
 import os
 import random
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from dreamer_isaac.config import Config, ConfigError
 from dreamer_isaac.envs.contract import EnvInfo, Observation, SimEnv
-from dreamer_isaac.envs.paths import set_paths
+from dreamer_isaac.envs.paths import import_tasks, set_paths
 
 OBSERVATION_GROUPS = ("policy", "actor")
 """Names of the policy's observations: ours and Isaac Lab's, and mjlab's own."""
@@ -35,12 +34,7 @@ def load_tasks(module: str = "") -> list[str]:
     from dreamer_isaac.envs import tasks
 
     tasks.register()
-    if module:
-        try:
-            importlib.import_module(module)
-        except ImportError as e:
-            raise ConfigError([f"env.import={module}: {e}. It must be importable from here, e.g. "
-                               "with PYTHONPATH=<the folder of the package>."]) from e  # fmt: skip
+    import_tasks(module)
     return list_tasks()
 
 

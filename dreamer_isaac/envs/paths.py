@@ -1,12 +1,28 @@
-"""Set any field of a task's configuration by path: `env.cfg.rewards.alive.weight=0.7`."""
+"""What a user says of a task: any field of its configuration by path, and modules of their own."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
 from dreamer_isaac.config import ConfigError
+
+
+def import_tasks(module: str) -> None:
+    """Import the user's module that registers tasks; nothing where `module` is empty.
+
+    Raises:
+        ConfigError: when it cannot be imported.
+    """
+    if not module:
+        return
+    try:
+        importlib.import_module(module)
+    except ImportError as e:
+        raise ConfigError([f"env.import={module}: {e}. It must be importable from here, e.g. "
+                           "with PYTHONPATH=<the folder of the package>."]) from e  # fmt: skip
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

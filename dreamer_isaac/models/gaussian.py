@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dreamer_isaac.models.recurrence import Couple
+from dreamer_isaac.models.recurrence import Couple, Loops
 from dreamer_isaac.models.rssm import elu, full, join, linear
 
 MIN_STD = 0.1
@@ -204,21 +204,11 @@ class Filtered(NamedTuple):
     """[T+1, B, S], S padded."""
 
 
-class GaussianRecurrence:
-    """The two loops of `recurrence.Recurrence` for the Gaussian RSSM.
+class GaussianRecurrence(Loops):
+    """The two loops of `recurrence.Recurrence` for the Gaussian RSSM."""
 
-    Args:
-        rssm: the networks. wrap: what is done to the step functions, e.g. `torch.compile`.
-    """
-
-    def __init__(self, rssm: GaussianRSSM, wrap: Callable[[Any], Any] = lambda f: f):
-        self.rssm = rssm
-        self.step = wrap(self._step)
-        self.step_backward = wrap(self._step_backward)
-        self.parallel = wrap(self._parallel)
-
-    def prepare(self, rows: int) -> None:
-        """There is nothing that could be started before the first batch."""
+    def widths(self, weights: GaussianWeights) -> tuple[int, ...]:
+        return self.rssm.belief, len(weights.gates_bias), weights.on_state.shape[1]
 
     @torch.no_grad()
     def weights(self) -> GaussianWeights:
@@ -331,24 +321,6 @@ class GaussianRecurrence:
         later_belief = (grad_core * update).to(dtype)
         later_state = elu_backward(joint, grad_ours @ w.ours) @ w.on_state
         return grad_belief, grad_posterior, later_belief, later_theirs, later_state
-
-    def couple(
-        self, weights: GaussianWeights, grads: tuple[Tensor, ...], saved: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """The loop in reverse; see `Recurrence.couple`."""
-        belief = grads[1]
-        widths = self.rssm.belief, len(weights.gates_bias), weights.on_state.shape[1]
-        later = tuple(belief.new_zeros(belief.shape[1], n) for n in widths)
-        of_belief: list[Tensor] = []
-        of_posterior: list[Tensor] = []
-        for t in reversed(range(len(belief))):
-            one, other, *rest = self.step_backward(
-                weights, *(g[t] for g in grads), *later, *(x[t] for x in saved)
-            )
-            later = tuple(rest)
-            of_belief.append(one)
-            of_posterior.append(other)
-        return torch.stack(of_belief[::-1]), torch.stack(of_posterior[::-1])
 
 
 def elu_backward(x: Tensor, grad: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ own type. Rows (sequences) come in tiles of ROWS, columns in tiles of COLUMNS.
 
 # Triton's functions are called by its compiler, with `[grid]`, which type checkers do not know.
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import threading

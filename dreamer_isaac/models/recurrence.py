@@ -83,22 +83,65 @@ def norm_silu_backward(x: Tensor, weight: Tensor, grad: Tensor) -> Tensor:
     return out.to(x.dtype)
 
 
-class Recurrence:
-    """Runs an RSSM over sequences.
+class Loops:
+    """What the recurrences of both kinds of latent state share.
 
     Args:
         rssm: the networks. wrap: what is done to the step functions, e.g. `torch.compile`.
     """
 
-    def __init__(self, rssm: RSSM, wrap: Callable[[Any], Any] = lambda f: f):
+    _step: Callable[..., Any]
+    _step_backward: Callable[..., Any]
+    _parallel: Callable[..., Any]
+
+    def __init__(self, rssm: Any, wrap: Callable[[Any], Any] = lambda f: f):
         self.rssm = rssm
         self.step = wrap(self._step)
         self.step_backward = wrap(self._step_backward)
         self.parallel = wrap(self._parallel)
-        self.action_share = wrap(self._action_share)
 
     def prepare(self, rows: int) -> None:
         """Start in the background what takes time before the first batch of `rows` sequences."""
+
+    def widths(self, weights: Any) -> tuple[int, ...]:
+        """Of what the reversed loop hands from step to step."""
+        raise NotImplementedError
+
+    def couple(
+        self, weights: Any, grads: tuple[Tensor, ...], saved: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """The loop in reverse.
+
+        Args:
+            grads: of raw, belief and posterior, [T, B, ...], without the later steps.
+            saved: what `_step_backward` needs of every step, [T, B, ...] each.
+
+        Returns:
+            The gradients of belief and posterior with them.
+        """
+        belief = grads[1]
+        later = tuple(belief.new_zeros(belief.shape[1], n) for n in self.widths(weights))
+        of_belief: list[Tensor] = []
+        of_posterior: list[Tensor] = []
+        for t in reversed(range(len(belief))):
+            one, other, *rest = self.step_backward(
+                weights, *(g[t] for g in grads), *later, *(x[t] for x in saved)
+            )
+            later = tuple(rest)
+            of_belief.append(one)
+            of_posterior.append(other)
+        return torch.stack(of_belief[::-1]), torch.stack(of_posterior[::-1])
+
+
+class Recurrence(Loops):
+    """Runs an `RSSM` over sequences."""
+
+    def __init__(self, rssm: RSSM, wrap: Callable[[Any], Any] = lambda f: f):
+        super().__init__(rssm, wrap)
+        self.action_share = wrap(self._action_share)
+
+    def widths(self, weights: Weights) -> tuple[int, ...]:
+        return self.rssm.belief, len(weights.belief_bias), self.rssm.state
 
     @torch.no_grad()
     def weights(self) -> Weights:
@@ -288,33 +331,6 @@ class Recurrence:
         norms = torch.stack([w.belief_norm, w.state_norm])
         later_before, later_state = norm_silu_backward(inputs, norms, grad_shared).unbind(-2)
         return grad_belief, grad_posterior, later_belief, later_before, later_state @ w.on_state
-
-    def couple(
-        self, weights: Weights, grads: tuple[Tensor, ...], saved: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """The loop in reverse.
-
-        Args:
-            grads: of raw, belief and posterior, [T, B, ...], without the later steps.
-
-        Returns:
-            The gradients of belief and posterior with them.
-        """
-        belief = grads[1]
-        batch, width = belief.shape[1], len(weights.belief_bias)
-        later = tuple(
-            belief.new_zeros(batch, n) for n in (self.rssm.belief, width, self.rssm.state)
-        )
-        of_belief: list[Tensor] = []
-        of_posterior: list[Tensor] = []
-        for t in reversed(range(len(belief))):
-            one, other, *rest = self.step_backward(
-                weights, *(g[t] for g in grads), *later, *(x[t] for x in saved)
-            )
-            later = tuple(rest)
-            of_belief.append(one)
-            of_posterior.append(other)
-        return torch.stack(of_belief[::-1]), torch.stack(of_posterior[::-1])
 
 
 class Couple(torch.autograd.Function):
