@@ -15,13 +15,14 @@ from typing import Any
 from dreamer_isaac.config import Config, ConfigError, build, known_paths, to_dict, unknown_key
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-USAGE = """usage: python dreamer_isaac.py [--cfg] [--help] [key=value ...]
+USAGE = """usage: python dreamer_isaac.py [--offline] [--cfg] [--help] [key=value ...]
 
   env.name=Isaac-Ant-v0           the task (scripts/list_envs.py lists them)
   size=tiny|1m|12m|...            the size of the networks
   experiment=NAME                 a file of conf/experiment
   run.dir=FOLDER                  results go there; the same command again resumes
   mode=evaluate checkpoint=RUN    deterministic episodes of a trained policy
+  --offline                       Isaac Lab's assets from a local mirror (assets.offline=true)
   --cfg                           print the configuration and stop
 
 Every key with its meaning: dreamer_isaac/config.py"""
@@ -117,17 +118,21 @@ def run(argv: list[str]) -> int:
         print("\nPresets: " + "; ".join(f"{g}={'|'.join(c)}" for g, c in groups().items()))
         return 0
     flags = [a for a in argv if a.startswith("-")]
-    if set(flags) - {"--cfg"}:
-        print(f"error: unknown option {flags[0]}\n\n{USAGE}", file=sys.stderr)
+    if set(flags) - {"--cfg", "--offline"}:
+        print(
+            f"error: unknown option {min(set(flags) - {'--cfg', '--offline'})}\n\n{USAGE}",
+            file=sys.stderr,
+        )
         return 2
     try:
-        cfg = compose([a for a in argv if not a.startswith("-")])
+        overrides = ["assets.offline=true"] if "--offline" in flags else []
+        cfg = compose([*overrides, *(a for a in argv if not a.startswith("-"))])
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     if not cfg.run.dir:
         cfg.run.dir = default_run_dir(cfg)
-    if flags:
+    if "--cfg" in flags:
         print(dump(to_dict(cfg)), end="")
         return 0
 

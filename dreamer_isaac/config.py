@@ -279,6 +279,18 @@ class LoggerConfig:
 
 
 @dataclass
+class AssetsConfig:
+    """Isaac Lab's assets from a local mirror (scripts/download_assets.py fills it)."""
+
+    offline: bool = False
+    """Take every asset from the mirror; `--offline` is short for it."""
+    root: str = "offline_assets"
+    """The mirror."""
+    strict: bool = False
+    """Never ask the server for what the mirror lacks; missing assets are an error at the start."""
+
+
+@dataclass
 class ProfilingConfig:
     """Where the time goes."""
 
@@ -313,6 +325,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
+    assets: AssetsConfig = field(default_factory=AssetsConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 

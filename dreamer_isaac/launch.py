@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dreamer_isaac.assets.mirror import Mirror, parse
+from dreamer_isaac.assets.resolver import Resolver, install
+from dreamer_isaac.assets.tasks import assets_of, with_run_time
 from dreamer_isaac.config import (
     MJLAB_PREFIX,
     Config,
@@ -73,16 +76,46 @@ def simulator(cfg: Config) -> Iterator[None]:
     os.environ.setdefault("MPLBACKEND", "agg")
     if choose_backend(cfg)[0] != "isaaclab":
         yield
-    elif isaaclab_is_3():
-        with _isaaclab_3(cfg):
-            yield
-    else:
-        with _isaac_sim(cfg):
-            yield
+        return
+    with _assets(cfg) as resolver, (_isaaclab_3 if isaaclab_is_3() else _isaac_sim)(cfg, resolver):
+        yield
 
 
 @contextmanager
-def _isaaclab_3(cfg: Config) -> Iterator[None]:
+def _assets(cfg: Config) -> Iterator[Resolver | None]:
+    """The mirror, in place before anything of Isaac Lab is imported."""
+    if not cfg.assets.offline:
+        yield None
+        return
+    resolver = Resolver(Mirror(Path(cfg.assets.root)), cfg.assets.strict, say=print)
+    install(resolver)
+    try:
+        yield resolver
+    finally:
+        print(resolver.report())
+
+
+def _preflight(cfg: Config, resolver: Resolver | None, task: Any) -> None:
+    """Say what of the task's assets is missing, before the simulator starts.
+
+    Raises:
+        ConfigError: in a strict run something is.
+    """
+    if resolver is None:
+        return
+    from isaaclab.utils import assets as isaaclab_assets
+
+    own = parse(f"{isaaclab_assets.NUCLEUS_ASSET_ROOT_DIR}/Isaac")
+    named = assets_of(task)
+    result = resolver.preflight(with_run_time(named, own.release) if own else named)
+    text = result.describe(resolver.mirror.root)
+    if result.missing and cfg.assets.strict:
+        raise ConfigError([text])
+    print(text)
+
+
+@contextmanager
+def _isaaclab_3(cfg: Config, resolver: Resolver | None) -> Iterator[None]:
     global prepared
     from isaaclab_tasks.utils import launch_simulation
 
@@ -94,6 +127,7 @@ def _isaaclab_3(cfg: Config) -> Iterator[None]:
 
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
     prepared = task_config(cfg, device)
+    _preflight(cfg, resolver, prepared)
     options = {"headless": True, "device": device, "enable_cameras": cfg.env.from_pixels}
     try:
         with launch_simulation(prepared, options):
@@ -103,7 +137,7 @@ def _isaaclab_3(cfg: Config) -> Iterator[None]:
 
 
 @contextmanager
-def _isaac_sim(cfg: Config) -> Iterator[None]:
+def _isaac_sim(cfg: Config, resolver: Resolver | None) -> Iterator[None]:
     from isaaclab.app import AppLauncher
 
     options: dict[str, Any] = {"headless": True, "enable_cameras": cfg.env.from_pixels}
@@ -115,6 +149,10 @@ def _isaac_sim(cfg: Config) -> Iterator[None]:
     finally:
         sys.argv = arguments
     try:
+        if resolver is not None:
+            from dreamer_isaac.envs.isaaclab import task_config
+
+            _preflight(cfg, resolver, task_config(cfg, options.get("device", "cuda:0")))
         yield
     finally:
         app.close()

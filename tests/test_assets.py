@@ -22,6 +22,7 @@ from dreamer_isaac.assets import download
 from dreamer_isaac.assets.download import Downloader, DownloadError, pack, unpack
 from dreamer_isaac.assets.mirror import Asset, Mirror, UnsafePath, clean, flat, parse, relative
 from dreamer_isaac.assets.references import references
+from dreamer_isaac.assets.resolver import Resolver
 from dreamer_isaac.assets.tasks import assets_of, with_run_time
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -469,3 +470,109 @@ def test_a_file_that_is_no_usd(tmp_path: Path) -> None:
     bad.write_bytes(b"not usd")
     with pytest.raises(ValueError, match="cannot be opened"):
         references(bad)
+
+
+# -- the resolver --------------------------------------------------------------------------------
+
+FAKE = """
+import io, os
+NUCLEUS_ASSET_ROOT_DIR = "https://h/Assets/Isaac/5.1"
+NVIDIA_NUCLEUS_DIR = f"{NUCLEUS_ASSET_ROOT_DIR}/NVIDIA"
+ISAAC_NUCLEUS_DIR = f"{NUCLEUS_ASSET_ROOT_DIR}/Isaac"
+ISAACLAB_NUCLEUS_DIR = f"{ISAAC_NUCLEUS_DIR}/IsaacLab"
+def check_file_path(path): return 2
+def retrieve_file_path(path, download_dir=None, force_download=True): return "from the server"
+def read_file(path): return io.BytesIO(b"from the server")
+"""
+USER = """
+from isaaclab.utils.assets import *
+import isaaclab.sim.utils.prims as prims
+URL = f"{ISAACLAB_NUCLEUS_DIR}/Robots/Unitree/Go2/go2.usd"
+OLD = "https://h/Assets/Isaac/4.5/Isaac/IsaacLab/Robots/Unitree/Go2/go2.usd"
+NONE = f"{ISAACLAB_NUCLEUS_DIR}/Robots/none.usd"
+print("local", check_file_path(URL), retrieve_file_path(URL), read_file(URL).read()[:9])
+print("old", prims.add_usd_reference("/a", OLD))
+print("none", check_file_path(NONE), prims.add_usd_reference("/a", usd_path=NONE))
+print("other", check_file_path("https://h/x.usd"), prims.add_usd_reference("/a", "/x.usd"))
+try:
+    read_file(NONE)
+except FileNotFoundError as e:
+    print("error", e)
+"""
+
+
+def isaaclab_like(folder: Path) -> Path:
+    """A package with Isaac Lab's names, and a script that uses them as Isaac Lab's code does."""
+    for package in ("isaaclab", "isaaclab/utils", "isaaclab/sim", "isaaclab/sim/utils"):
+        (folder / package).mkdir(parents=True)
+        (folder / package / "__init__.py").write_text("")
+    (folder / "isaaclab/utils/assets.py").write_text(FAKE)
+    (folder / "isaaclab/sim/utils/prims.py").write_text(
+        "def add_usd_reference(prim_path, usd_path, stage=None):\n    return usd_path\n"
+    )
+    script = folder / "script.py"
+    script.write_text(USER)
+    return script
+
+
+def test_a_script_runs_unchanged_on_the_mirror(server: Server, tmp_path: Path) -> None:
+    root = tmp_path / "m"
+    make(server, root).run([Asset(R, ROBOT)])
+    script = isaaclab_like(tmp_path / "lib")
+    done = subprocess.run(
+        [sys.executable, "-m", "dreamer_isaac.assets", "run", "--root", str(root), "--strict",
+         str(script)], capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    out = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    place = root / TREE / ROBOT
+    assert out["local"] == f"1 {place} b'#usda 1.0'"
+    old = root / "Assets/Isaac/4.5" / ROBOT
+    assert out["old"] == str(old)
+    assert out["none"] == f"0 {root / TREE / 'Isaac/IsaacLab/Robots/none.usd'}"
+    assert out["other"] == "2 /x.usd"
+    assert "--files Isaac/IsaacLab/Robots/none.usd" in out["error"]
+    assert "assets: 1 from" in done.stderr and "2 missing" in done.stderr
+
+
+def test_what_is_missing_comes_from_the_server_and_with_all_it_needs(
+    server: Server, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    resolver = Resolver(Mirror(tmp_path), server=server.url, say=said.append)
+    url = f"https://h/{TREE}{ROBOT}"
+    assert resolver.resolve(url) == str(tmp_path / TREE / ROBOT)
+    assert in_tree(tmp_path) == CLOSURE and "fetched" in said[0]
+    asked = len(server.asked)
+    assert resolver.resolve(url) == resolver.resolve(str(tmp_path / TREE / ROBOT))
+    assert len(server.asked) == asked
+    assert resolver.resolve("https://h/other.usd") == "https://h/other.usd"
+    assert resolver.resolve("/somewhere/Assets/Isaac/5.1/x.usd").startswith("/somewhere")
+    resolver.resolve(f"https://h/{TREE}Isaac/none.usd")
+    assert "missing" in said[-1]
+    assert resolver.report().endswith("0 from " + str(tmp_path) + ", 1 fetched, 1 missing")
+
+
+def test_a_file_dropped_by_hand_is_used_from_its_place_in_the_tree(tmp_path: Path) -> None:
+    by_hand = tmp_path / "Robots/Unitree/Go2/go2.usd"
+    by_hand.parent.mkdir(parents=True)
+    by_hand.write_bytes(layer())
+    resolver = Resolver(Mirror(tmp_path), strict=True)
+    path = Path(resolver.resolve(f"omniverse://h/{TREE}{ROBOT}"))
+    assert path == tmp_path / TREE / ROBOT and path.read_bytes() == layer()
+
+
+def test_preflight_finds_what_is_missing_below_what_is_there(
+    server: Server, tmp_path: Path
+) -> None:
+    make(server, tmp_path).run([Asset(R, ROBOT)])
+    resolver = Resolver(Mirror(tmp_path), strict=True)
+    whole = resolver.preflight({Asset(R, ROBOT): "cfg.robot.usd_path"})
+    assert not whole.missing and "all " in whole.describe(tmp_path)
+    gone = "Isaac/IsaacLab/Materials/Base/w.png"
+    (tmp_path / TREE / gone).unlink()
+    partly = resolver.preflight({Asset(R, ROBOT): "cfg", Asset(R, "Isaac/x.usd"): "cfg.x"})
+    assert set(partly.missing) == {Asset(R, gone), Asset(R, "Isaac/x.usd")}
+    text = partly.describe(tmp_path)
+    assert "wood.mdl" in text and "cfg.x" in text and f"--files {gone} Isaac/x.usd" in text
+    assert not any(command == "GET" and key.endswith("x.usd") for command, key, _ in server.asked)
