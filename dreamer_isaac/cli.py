@@ -136,16 +136,17 @@ def run(argv: list[str]) -> int:
         print(dump(to_dict(cfg)), end="")
         return 0
 
-    from dreamer_isaac.launch import simulator
+    from dreamer_isaac.launch import leave, simulator
 
     try:
         with simulator(cfg):
             from dreamer_isaac.main import main  # the first import of torch
 
-            return main(cfg)
+            code = main(cfg)
     except ConfigError as e:  # of the task, which only its simulator knows
         print(f"error: {e}", file=sys.stderr)
-        return 2
+        code = 2
+    return leave(code)
 
 
 def dump(raw: dict[str, Any]) -> str:

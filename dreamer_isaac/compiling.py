@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,22 +25,29 @@ _starting: list[threading.Thread] = []
 
 
 def start_compiler(device: torch.device, optimization: OptimizationConfig) -> None:
-    """Compile something small in the background. The first compilation of a process imports the
-    compiler, fills its table of patterns and starts its worker processes, seconds that would
-    otherwise come after the networks are built and not while they are."""
+    """Import the compiler, fill its table of patterns and start its worker processes in the
+    background: seconds that would otherwise come with the first compilation. Nothing is compiled
+    here, because compiling sets the global random generators back to where it began, under whatever
+    draws from them meanwhile."""
     if device.type != "cuda" or optimization.compile.enabled == "false" or _starting:
         return
 
     def work() -> None:
-        x = torch.ones(16, 16, device=device, requires_grad=True)
-        torch.compile(lambda x: (x @ x).relu().sum(-1), dynamic=False)(x).sum().backward()
+        # Private parts of torch; where they have changed, the first update takes longer.
+        with suppress(Exception):
+            from torch._inductor import compile_fx  # noqa: F401
+            from torch._inductor.async_compile import AsyncCompile
+            from torch._inductor.fx_passes import joint_graph, post_grad
+
+            AsyncCompile.warm_pool()
+            joint_graph.lazy_init(device)  # type: ignore[call-arg]
+            post_grad.lazy_init(device)  # type: ignore[call-arg]
 
     _starting.append(threading.Thread(target=work, name="compiler", daemon=True))
     _starting[0].start()
 
 
 def wait_for_compiler() -> None:
-    """Must come before a CUDA graph is captured: compiling sets the random state of the device,
-    which fails, in both threads, while one of them captures."""
+    """Comes before a CUDA graph is captured, so that nothing in the background uses the device."""
     for thread in _starting:
         thread.join()

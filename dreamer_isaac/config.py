@@ -95,7 +95,7 @@ class CompileConfig:
     """Capture the whole update in one CUDA graph. `true` needs a GPU."""
     kernels: Literal["auto", "true", "false"] = "auto"
     """DreamerV3's recurrence in Triton kernels of our own where they fit the model and there are no
-    more than 64 sequences in a batch. `true` needs a GPU."""
+    more than 32 sequences in a batch. `true` needs a GPU."""
 
 
 @dataclass

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,7 @@ def _isaaclab_3(cfg: Config, resolver: Resolver | None) -> Iterator[None]:
 
 @contextmanager
 def _isaac_sim(cfg: Config, resolver: Resolver | None) -> Iterator[None]:
+    global _leave
     from isaaclab.app import AppLauncher
 
     options: dict[str, Any] = {"headless": True, "enable_cameras": cfg.env.from_pixels}
@@ -145,14 +146,25 @@ def _isaac_sim(cfg: Config, resolver: Resolver | None) -> Iterator[None]:
         options["device"] = cfg.env.device
     arguments, sys.argv = sys.argv, sys.argv[:1]  # it would read and change ours
     try:
-        app = AppLauncher(options).app
+        AppLauncher(options)
     finally:
         sys.argv = arguments
-    try:
-        if resolver is not None:
-            from dreamer_isaac.envs.isaaclab import task_config
+    _leave = os._exit  # instead of closing Kit
+    if resolver is not None:
+        from dreamer_isaac.envs.isaaclab import task_config
 
-            _preflight(cfg, resolver, task_config(cfg, options.get("device", "cuda:0")))
-        yield
-    finally:
-        app.close()
+        _preflight(cfg, resolver, task_config(cfg, options.get("device", "cuda:0")))
+    yield
+
+
+_leave: Callable[[int], None] | None = None
+
+
+def leave(code: int) -> int:
+    """Call last, with the exit code. Kit ends the process itself when it is closed, with status 0
+    whatever has happened; so where it runs, the process ends here, with ours."""
+    if _leave is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        _leave(code)
+    return code

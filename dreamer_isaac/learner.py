@@ -220,9 +220,12 @@ class Learner:
             for name in FIELDS:
                 graph.source.batch[name].copy_(batch[name])
             metrics, latents = graph()
+            marks = graph.marks
         else:
             metrics, latents = self._update(source)
+            marks = self.phases.take()
         self.updates += 1
+        self.phases.add(marks)
         return metrics, latents
 
     def train(self, source: Source) -> dict[str, Tensor]:

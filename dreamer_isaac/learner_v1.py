@@ -94,31 +94,37 @@ class LearnerV1(Learner):
             actor, critic, metrics = self._behaviour_gradients(features)
         self._join()
         losses = losses | {"actor": actor, "critic": critic}
-        total = torch.stack([total, actor, critic]).detach().sum()
+        scales = self.scales()
+        total = total.detach() + (scales["actor"] * actor + scales["critic"] * critic).detach()
         return total, losses, metrics, observed
 
     def _behaviour_gradients(self, features: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Leaves the actor's and the critic's gradients in `net`. The actor's loss and the critic's
         both evaluate the critic on the imagined states: once is enough, with one derivative by the
         states and one by the weights."""
-        starts, constant = features.shape[1], features.detach().flatten(0, 1)
-        value, *hidden = self._value(constant)
+        scales, starts = self.scales(), features.shape[1]
+        with torch.no_grad():
+            constant = features.detach().flatten(0, 1)
+            value, *hidden = self._value(constant)
         later, now = (
             x.unflatten(0, (-1, starts)).detach().requires_grad_()
             for x in (value[starts:], value[:-starts])
         )
         actor, targets, metrics = self._actor_total(features, later)
-        by_features, by_value = torch.autograd.grad(self._scaled(actor), [features, later])
-        by_features = by_features.contiguous()  # and nobody else's: it may be changed in place
-        by_features[1:].flatten(0, 1).add_(
-            self._value_by_states(by_value.flatten(), [y[starts:] for y in hidden])
-        )
+        loss = self._scaled(scales["actor"] * actor)
+        by_features, by_value = torch.autograd.grad(loss, [features, later])
+        with torch.no_grad():
+            by_features = by_features.contiguous()  # and nobody else's: it is changed in place
+            by_features[1:].flatten(0, 1).add_(
+                self._value_by_states(by_value.flatten(), [y[starts:] for y in hidden])
+            )
         features.backward(by_features)
         critic = self._critic_total(now, targets)
-        (by_value,) = torch.autograd.grad(self._scaled(critic), [now])
-        grads = self._value_by_weights(
-            by_value.flatten(), constant[:-starts], [y[:-starts] for y in hidden]
-        )
+        (by_value,) = torch.autograd.grad(self._scaled(scales["critic"] * critic), [now])
+        with torch.no_grad():
+            grads = self._value_by_weights(
+                by_value.flatten(), constant[:-starts], [y[:-starts] for y in hidden]
+            )
         for parameter, grad in zip(self.net.critic.parameters(), grads, strict=True):
             parameter.grad = grad
         return actor, critic, metrics

@@ -89,14 +89,18 @@ class Profiler:
     def __init__(self, folder: Path, parts: dict[str, Phases], traced: int):
         self.folder, self.parts, self.traced = folder, parts, traced
         self.state = "before"
+        self._first: int | None = None  # updates at the first log point: a resumed run has some
         self._trace: Any = None
         self._began = 0.0
         self._updates = 0
         self._lost = 0.0  # seconds of the window that went into writing the trace
 
-    def log_point(self, updates: int) -> str | None:
-        """Call at every log point; the table when the window has just ended."""
-        if self.state == "before" and updates:
+    def log_point(self, updates: int, last: bool = False) -> str | None:
+        """Call at every log point, `last` where the run ends with it; the table when the window has
+        just ended."""
+        if self._first is None:
+            self._first = updates
+        if self.state == "before" and updates > self._first and not last:
             self.state, self._began, self._updates = "window", time.perf_counter(), updates
             for phases in self.parts.values():
                 phases.counting = True
@@ -120,6 +124,12 @@ class Profiler:
         """Call after updates: ends the trace when it has enough."""
         if self.state == "window" and updates - self._updates >= self.traced:
             self._end_trace()
+
+    def close(self) -> None:
+        """The run is over; a window that had not ended gets its trace but no table."""
+        self._end_trace()
+        for phases in self.parts.values():
+            phases.counting = False
 
     def _end_trace(self) -> None:
         begin = time.perf_counter()

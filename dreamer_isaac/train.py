@@ -330,6 +330,8 @@ def train(cfg: Config, folder: Path, console: Console) -> int:
         raise
     finally:
         logger.close()
+        if run.profiler:
+            run.profiler.close()
     summary = _summary(run, reason)
     if cfg.evaluation.final and not stop.number:
         agent = run.acting_agent()
@@ -376,7 +378,7 @@ def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
                 row = meter.row(metrics, collector.read_stats())
                 logger.write(row)
                 run.console.progress(meter.line(row), keep=True)
-                table = run.profiler.log_point(learner.updates) if run.profiler else None
+                table = run.profiler.log_point(learner.updates, done) if run.profiler else None
                 if table:
                     run.console.say(f"profile: {run.folder / 'profile'}\n{table}")
             else:

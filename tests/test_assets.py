@@ -247,6 +247,12 @@ def test_files_dropped_by_hand_are_found_and_links_to_other_releases_are_not(
     mirror.writable(asset).write_bytes(b"new")
     mirror.show(asset)  # what is there already stays
     assert mirror.locate(asset) == mirror.place(asset) and link.read_bytes() == b"by hand"
+    # Two places of the tree share one in the flat layout; a link to one is not the other.
+    namesake = Asset(R, "Isaac/Robots/Unitree/B2/b2.usd")
+    mirror.writable(namesake).write_bytes(b"Isaac Sim's")
+    mirror.show(namesake)
+    assert (tmp_path / "Robots/Unitree/B2/b2.usd").is_symlink()
+    assert mirror.locate(Asset(R, "Isaac/IsaacLab/Robots/Unitree/B2/b2.usd")) is None
 
 
 # -- fetching --------------------------------------------------------------------------------------
@@ -316,16 +322,19 @@ def test_what_cannot_be_had_is_said_and_the_rest_is_there(server: Server, tmp_pa
 
 def test_an_interrupted_download_goes_on(server: Server, tmp_path: Path) -> None:
     name = "Isaac/IsaacLab/Robots/Unitree/Go2/tex/leg.png"
-    part = Mirror(tmp_path).writable(Asset(R, name)).with_name("leg.png.part")
+    tag = hashlib.sha256(f'"{hashlib.md5(BIG).hexdigest()}"'.encode()).hexdigest()[:8]
+    part = Mirror(tmp_path).writable(Asset(R, name)).with_name(f"leg.png.{tag}.part")
     part.write_bytes(BIG[:1000])
     assert make(server, tmp_path).run([Asset(R, name)]).fetched
     assert ("GET", TREE + name, "bytes=1000-") in server.asked
     # What was there before of another file does not get mixed in.
     other = tmp_path / "other"
-    part = Mirror(other).writable(Asset(R, name)).with_name("leg.png.part")
+    part = Mirror(other).writable(Asset(R, name)).with_name("leg.png.0a1b2c3d.part")
     part.write_bytes(b"x" * 1000)
+    before = len(server.asked)
     assert make(server, other, retries=2).run([Asset(R, name)]).fetched
-    assert (other / TREE / name).read_bytes() == BIG
+    assert (other / TREE / name).read_bytes() == BIG and not part.exists()
+    assert all(not r for _, _, r in server.asked[before:])
 
 
 def test_a_changed_file_is_fetched_again_and_a_damaged_one_is_noticed(
@@ -377,6 +386,25 @@ def test_links_that_lead_out_of_the_mirror(server: Server, tmp_path: Path) -> No
     assert "is a link" in report.failed[Asset(R, ROBOT)] and list(away.iterdir()) == []
 
 
+def test_a_link_in_the_flat_layout_that_leads_out(server: Server, tmp_path: Path) -> None:
+    away, root = tmp_path / "away", tmp_path / "root"
+    away.mkdir()
+    root.mkdir()
+    (root / "Robots").symlink_to(away)
+    assert not make(server, root).run([Asset(R, ROBOT)]).failed
+    assert list(away.iterdir()) == [] and in_tree(root) == CLOSURE
+
+
+def test_a_file_in_the_way_of_a_folder_fails_alone(server: Server, tmp_path: Path) -> None:
+    server.files[TREE + "Isaac/k"] = b"file"
+    server.files[TREE + "Isaac/k/z.bin"] = b"below it"
+    report = make(server, tmp_path, workers=1).run(
+        [Asset(R, "Isaac/k"), Asset(R, "Isaac/k/z.bin"), Asset(R, ROBOT)]
+    )
+    assert list(report.failed) == [Asset(R, "Isaac/k/z.bin")]
+    assert CLOSURE | {"Isaac/k"} == in_tree(tmp_path)
+
+
 def test_a_disk_that_is_too_small(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,6 +429,14 @@ def test_packed_and_unpacked_elsewhere(server: Server, tmp_path: Path) -> None:
     assert in_tree(tmp_path / "b") == CLOSURE
     assert (tmp_path / "b/Robots/Unitree/Go2/go2.usd").read_bytes() == FILES[ROBOT]
     assert Downloader(Mirror(tmp_path / "b"), R).verify() == {}
+    # Another one on top: the manifest knows both.
+    make(server, tmp_path / "c").run([Asset(R, "Isaac/Robots/Other/arm.usda")])
+    pack(tmp_path / "c", archive)
+    unpack(archive, tmp_path / "b")
+    both = Downloader(Mirror(tmp_path / "b"), R)
+    assert len(both.manifest) == len(CLOSURE) + 1 and both.verify() == {}
+    with pytest.raises(DownloadError, match="cannot be read"):
+        unpack(tmp_path / "none.tar", tmp_path / "b")
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "Assets/Isaac/5.1/../../../x", "other/x"])
@@ -560,6 +596,7 @@ def test_a_file_dropped_by_hand_is_used_from_its_place_in_the_tree(tmp_path: Pat
     resolver = Resolver(Mirror(tmp_path), strict=True)
     path = Path(resolver.resolve(f"omniverse://h/{TREE}{ROBOT}"))
     assert path == tmp_path / TREE / ROBOT and path.read_bytes() == layer()
+    assert not path.is_symlink()  # so that a download can replace it
 
 
 def test_preflight_finds_what_is_missing_below_what_is_there(

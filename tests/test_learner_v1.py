@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -127,8 +128,10 @@ def test_losses_and_gradients_equal_torchrl(monkeypatch: pytest.MonkeyPatch) -> 
     assert checked > 30
 
 
-def test_an_update_applies_exactly_these_gradients() -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_an_update_applies_exactly_these_gradients(scale: float) -> None:
     learner, batch = make_learner(), make_batch()
+    learner.algo = dataclasses.replace(ALGO, actor_scale=scale, critic_scale=3 * scale)
     state = learner.generator.get_state()
     noise = learner.draw_noise(B, T)
     losses, _, _ = learner.losses(batch, noise)
@@ -139,6 +142,7 @@ def test_an_update_applies_exactly_these_gradients() -> None:
     metrics, latents = learner.update(batch)
     for (name, p), g in zip(learner.params.items(), expected, strict=True):
         torch.testing.assert_close(p.grad, g, msg=name)
+        assert p.grad is not None and not p.grad.requires_grad  # no graph is kept alive
     torch.testing.assert_close(metrics["loss/total"], weighted.detach())
     assert latents["state"].shape == (B, T, S) and latents["belief"].shape == (B, T, D)
 

@@ -7,6 +7,7 @@ server's tag of every file. Nothing is written outside the mirror, whatever a se
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -199,9 +200,14 @@ class Downloader:
             UnsafePath: the place leads out of the mirror.
         """
         target = self.mirror.writable(remote.asset)
-        part = target.with_name(target.name + ".part")
+        # The server's tag is in the name: what has arrived of another version is not gone on with.
+        tag = hashlib.sha256(remote.etag.encode()).hexdigest()[:8]
+        part = target.with_name(f"{target.name}.{tag}.part")
         if part.is_symlink():
             raise UnsafePath(f"{part} is a link")
+        for other in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
+            if other != part:
+                other.unlink()
         reason = ""
         for attempt in range(self.retries + 1):
             if attempt:
@@ -319,29 +325,30 @@ class Downloader:
         self.need_space(self._total)
         seen: set[Asset] = set()
         asked: dict[Asset, str] = {}
+        pool = ThreadPoolExecutor(self.workers)
         try:
-            with ThreadPoolExecutor(self.workers) as pool:
-                running: dict[Future[Any], Asset] = {}
+            running: dict[Future[Any], Asset] = {}
 
-                def add(item: Remote | Asset, by: str) -> None:
-                    asset = item.asset if isinstance(item, Remote) else item
-                    if asset not in seen:
-                        seen.add(asset)
-                        asked[asset] = by
-                        running[pool.submit(self._one, item)] = asset
+            def add(item: Remote | Asset, by: str) -> None:
+                asset = item.asset if isinstance(item, Remote) else item
+                if asset not in seen:
+                    seen.add(asset)
+                    asked[asset] = by
+                    running[pool.submit(self._one, item)] = asset
 
-                for item in first:
-                    add(item, "the command")
-                saved = time.monotonic()
-                while running:
-                    done, _ = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        asset = running.pop(future)
-                        self._note(report, asset, asked[asset], future, follow, add)
-                    if time.monotonic() - saved > 5:
-                        self._write_manifest()
-                        saved = time.monotonic()
+            for item in first:
+                add(item, "the command")
+            saved = time.monotonic()
+            while running:
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    asset = running.pop(future)
+                    self._note(report, asset, asked[asset], future, follow, add)
+                if time.monotonic() - saved > 5:
+                    self._write_manifest()
+                    saved = time.monotonic()
         finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # nothing is left, but after an error
             self._write_manifest()
         return report
 
@@ -361,8 +368,8 @@ class Downloader:
     ) -> None:  # fmt: skip
         try:
             path, fetched, size = future.result()
-        except (DownloadError, UnsafePath) as e:
-            report.failed[asset] = str(e)
+        except (DownloadError, UnsafePath, OSError) as e:
+            report.failed[asset] = _short(e)
             return
         if path is None:
             own = any(asset.path.endswith("/" + name) for name in RENDERERS_OWN)
@@ -420,6 +427,11 @@ class Downloader:
         content = {"release": self.release, "server": self.server, "files": files}
         temporary.write_text(json.dumps(content, indent=1) + "\n")
         os.replace(temporary, path)
+
+    def merge(self, files: dict[str, dict[str, Any]]) -> None:
+        """Add what another mirror's manifest knows."""
+        self.manifest |= files
+        self._write_manifest()
 
     def verify(self) -> dict[str, str]:
         """Compare every file with the manifest; path -> what is wrong."""
@@ -485,15 +497,22 @@ def unpack(archive: Path, root: Path) -> int:
                     raise UnsafePath(f"{member.name} in {archive} is no file of a mirror")
                 asset = Asset(match[1], match[2])
                 target = mirror.writable(asset)
-                part = target.with_name(target.name + ".part")
                 source = tar.extractfile(member)
                 assert source is not None
+                if asset.path == MANIFEST:
+                    Downloader(mirror, asset.release).merge(json.load(source)["files"])
+                    count += 1
+                    continue
+                part = target.with_name(target.name + ".part")
+                if part.is_symlink():
+                    raise UnsafePath(f"{part} is a link")
                 with open(part, "wb") as f:
                     shutil.copyfileobj(source, f, 1 << 20)
                 os.replace(part, target)
-                if target.name != MANIFEST:
-                    mirror.show(asset)
+                mirror.show(asset)
                 count += 1
-    except tarfile.TarError as e:
+    except (tarfile.TarError, OSError, ValueError, KeyError) as e:
+        if isinstance(e, UnsafePath):
+            raise
         raise DownloadError(f"{archive} cannot be read: {_short(e)}") from None
     return count

@@ -129,15 +129,15 @@ class Mirror:
         short = flat(asset.path)
         if short is not None:
             other = self.root / short
-            if other.exists() and not self._is_view_of_another(other, asset.release):
+            if other.exists() and not self._is_view_of_another(other, own):
                 return other
         return None
 
-    def _is_view_of_another(self, path: Path, release: str) -> bool:
-        """Whether it is a link that we made to another release's file."""
-        trees = self.root.resolve() / "Assets" / "Isaac"
+    def _is_view_of_another(self, path: Path, own: Path) -> bool:
+        """Whether it is a link that we made, to a file that is not this asset: another release's,
+        or one of the two that share a place in the flat layout."""
         real = path.resolve()
-        return real.is_relative_to(trees) and not real.is_relative_to(trees / release)
+        return real.is_relative_to(self.root.resolve() / "Assets" / "Isaac") and real != own
 
     def writable(self, asset: Asset) -> Path:
         """`place`, with its folders made, when nothing on the way leads out of the mirror.
@@ -168,13 +168,15 @@ class Mirror:
             link.unlink()  # what it pointed to is gone
         if os.path.lexists(link):
             return
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.parent.resolve().is_relative_to(self.root.resolve()):
+        above = link.parent
+        while not os.path.lexists(above):
+            above = above.parent
+        if not above.resolve().is_relative_to(self.root.resolve()):
             return
-        target = os.path.relpath(self.place(asset), link.parent)
         try:
-            link.symlink_to(target)
-        except OSError:  # a file system without links: the tree alone is enough
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(self.place(asset), link.parent))
+        except OSError:  # a file system without links, a file in the way: the tree is enough
             return
 
     def releases(self) -> list[str]:

@@ -16,6 +16,7 @@ import importlib.abc
 import importlib.util
 import io
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -101,9 +102,13 @@ class Resolver:
 
     def _obtain(self, asset: Asset) -> str:
         found = self.mirror.locate(asset)
-        if found is not None:
-            if found != self.mirror.place(asset):
+        if found is not None and found != self.mirror.place(asset):
+            try:
                 self._adopt(asset, found)
+            except (OSError, UnsafePath) as e:
+                self.say(f"asset missing: {found} cannot be used: {e}")
+                return "missing"
+        if found is not None:
             return "local"
         if self.strict:
             self.say(f"asset missing: {asset.path} ({asset.release}) is not in {self.mirror.root}")
@@ -123,9 +128,12 @@ class Resolver:
         return "missing"
 
     def _adopt(self, asset: Asset, found: Path) -> None:
-        """Give a file that was dropped into the flat layout its place in the tree."""
+        """Give a file that was dropped into the flat layout its place in the tree: a copy, which
+        the downloader may replace one day."""
         place = self.mirror.writable(asset)
-        place.symlink_to(os.path.relpath(found, place.parent))
+        temporary = place.with_name(f"{place.name}.{os.getpid()}.part")
+        shutil.copyfile(found, temporary)
+        os.replace(temporary, place)
 
     def report(self) -> str:
         """One line on everything that was asked for."""

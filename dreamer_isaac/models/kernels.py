@@ -16,6 +16,7 @@ own type. Rows (sequences) come in tiles of ROWS, columns in tiles of COLUMNS.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import Any
 
@@ -41,11 +42,21 @@ def fits(rssm: RSSM, rows: int) -> bool:
     """Whether these kernels can run this model on so many sequences, and are worth it."""
     first: Any = rssm.belief_in[0]
     width, hidden = rssm.belief // rssm.blocks, first.out_features
+    shared = 0  # what the posterior's kernels hold at once, the most of all
+    if first.weight.is_cuda:
+        limit = torch.cuda.get_device_properties(first.weight.device)
+        room = getattr(limit, "shared_memory_per_block_optin", 48 * 1024)
+        shared = hidden * (rssm.classes + ROWS) * first.weight.element_size() - room
     power = all(n & (n - 1) == 0 for n in (hidden, rssm.classes))
     return (
-        rows <= MOST_ROWS and power and rssm.classes >= 16 and hidden % DEPTH == 0
+        rows <= MOST_ROWS and power and shared <= 0 and rssm.classes >= 16 and hidden % DEPTH == 0
         and width % DEPTH == 0 and rssm.belief % (SPLIT * DEPTH) == 0 and rssm.state % DEPTH == 0
     )  # fmt: skip
+
+
+def on_device(x: Tensor) -> Any:
+    """Triton launches on the current device, whichever the tensors are on."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 @triton.jit
@@ -504,9 +515,10 @@ def gru(four: Tensor, belief: Tensor) -> Tensor:
     torch.compile evaluates all four gates again for each of their four derivatives."""
     four, belief = four.contiguous(), belief.contiguous()
     out = torch.empty_like(belief)
-    _gru[(triton.cdiv(out.numel(), BLOCK),)](
-        four, belief, out, len(out), D=belief.shape[1], BLOCK=BLOCK
-    )
+    with on_device(out):
+        _gru[(triton.cdiv(out.numel(), BLOCK),)](
+            four, belief, out, len(out), D=belief.shape[1], BLOCK=BLOCK
+        )
     return out
 
 
@@ -520,9 +532,10 @@ def gru_backward(four: Tensor, belief: Tensor, grad: Tensor) -> tuple[Tensor, Te
     """The derivative of `gru` by both, times `grad` [N, D]."""
     four, belief, grad = four.contiguous(), belief.contiguous(), grad.contiguous()
     of_four, of_belief = torch.empty_like(four), torch.empty_like(belief)
-    _gru_backward[(triton.cdiv(grad.numel(), BLOCK),)](
-        four, belief, grad, of_four, of_belief, len(grad), D=grad.shape[1], BLOCK=BLOCK
-    )
+    with on_device(grad):
+        _gru_backward[(triton.cdiv(grad.numel(), BLOCK),)](
+            four, belief, grad, of_four, of_belief, len(grad), D=grad.shape[1], BLOCK=BLOCK
+        )
     return of_four, of_belief
 
 
@@ -587,7 +600,8 @@ class FusedRecurrence(Recurrence):
             return super().filter(*arguments)
         if self._preparing is not None:
             self._preparing.join()
-        return self._filter(*arguments)
+        with on_device(belief):
+            return self._filter(*arguments)
 
     def _filter(
         self, weights: Weights, belief: Tensor, state: Tensor, share: Tensor, embedding: Tensor,
@@ -649,7 +663,8 @@ class FusedRecurrence(Recurrence):
     ) -> tuple[Tensor, Tensor]:
         if not fits(self.rssm, grads[1].shape[1]):
             return super().couple(weights, grads, saved)
-        return self._couple(weights, grads, saved)
+        with on_device(grads[1]):
+            return self._couple(weights, grads, saved)
 
     def _couple(
         self, weights: Weights, grads: tuple[Tensor, ...], saved: tuple[Tensor, ...]
