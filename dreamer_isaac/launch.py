@@ -138,7 +138,7 @@ def _isaaclab_3(cfg: Config, resolver: Resolver | None) -> Iterator[None]:
 
 @contextmanager
 def _isaac_sim(cfg: Config, resolver: Resolver | None) -> Iterator[None]:
-    global _leave
+    global _leave, prepared
     from isaaclab.app import AppLauncher
 
     options: dict[str, Any] = {"headless": True, "enable_cameras": cfg.env.from_pixels}
@@ -150,10 +150,10 @@ def _isaac_sim(cfg: Config, resolver: Resolver | None) -> Iterator[None]:
     finally:
         sys.argv = arguments
     _leave = os._exit  # instead of closing Kit
-    if resolver is not None:
-        from dreamer_isaac.envs.isaaclab import task_config
+    from dreamer_isaac.envs.isaaclab import task_config
 
-        _preflight(cfg, resolver, task_config(cfg, options.get("device", "cuda:0")))
+    prepared = task_config(cfg, options.get("device", "cuda:0"))
+    _preflight(cfg, resolver, prepared)
     yield
 
 

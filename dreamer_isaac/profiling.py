@@ -125,11 +125,16 @@ class Profiler:
         if self.state == "window" and updates - self._updates >= self.traced:
             self._end_trace()
 
-    def close(self) -> None:
-        """The run is over; a window that had not ended gets its trace but no table."""
+    def close(self) -> str | None:
+        """The run is over; a window that had not ended gets its trace but no table. Returns why
+        there is no table, where there is none."""
         self._end_trace()
         for phases in self.parts.values():
             phases.counting = False
+        if self.state == "after":
+            return None
+        return ("no table of phases: the run ended before two log points with updates between "
+                "them. Remedy: a longer run, or a smaller logger.interval_frames.")  # fmt: skip
 
     def _end_trace(self) -> None:
         begin = time.perf_counter()

@@ -330,8 +330,9 @@ def train(cfg: Config, folder: Path, console: Console) -> int:
         raise
     finally:
         logger.close()
-        if run.profiler:
-            run.profiler.close()
+        why = run.profiler.close() if run.profiler else None
+        if why:
+            console.say(f"profile: {why}")
     summary = _summary(run, reason)
     if cfg.evaluation.final and not stop.number:
         agent = run.acting_agent()

@@ -40,6 +40,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.faults = files, dict[str, list[str]]()
         self.listing, self.page = True, 3
+        self.tag_suffix = ""  # a file uploaded in parts has a tag that is no checksum
         self.extra_keys: list[str] = []
         self.asked: list[tuple[str, str, str]] = []
 
@@ -72,8 +73,10 @@ class Handler(BaseHTTPRequestHandler):
             fault = self.server.faults[key].pop(0)
         if key not in self.server.files or fault == "404":
             return self.send(404, b"")
+        if fault == "changed":  # since the server was asked about it
+            self.server.files[key] = bytes(reversed(self.server.files[key]))
         data = self.server.files[key]
-        tag = f'"{hashlib.md5(data).hexdigest()}"'
+        tag = f'"{hashlib.md5(data).hexdigest()}{self.server.tag_suffix}"'
         if fault == "503":
             return self.send(503, b"", {"Retry-After": "0"})
         if fault == "redirect":
@@ -335,6 +338,17 @@ def test_an_interrupted_download_goes_on(server: Server, tmp_path: Path) -> None
     assert make(server, other, retries=2).run([Asset(R, name)]).fetched
     assert (other / TREE / name).read_bytes() == BIG and not part.exists()
     assert all(not r for _, _, r in server.asked[before:])
+
+
+def test_two_versions_of_a_file_are_not_joined(server: Server, tmp_path: Path) -> None:
+    name = "Isaac/IsaacLab/Robots/Unitree/Go2/tex/leg.png"
+    server.tag_suffix = "-2"
+    tag = hashlib.sha256(f'"{hashlib.md5(BIG).hexdigest()}-2"'.encode()).hexdigest()[:8]
+    part = Mirror(tmp_path).writable(Asset(R, name)).with_name(f"leg.png.{tag}.part")
+    part.write_bytes(BIG[:1000])
+    server.faults[TREE + name] = ["changed"]
+    assert make(server, tmp_path).run([Asset(R, name)]).fetched
+    assert (tmp_path / TREE / name).read_bytes() == bytes(reversed(BIG))
 
 
 def test_a_changed_file_is_fetched_again_and_a_damaged_one_is_noticed(

@@ -49,6 +49,13 @@ def test_a_run_that_is_not_profiled_writes_nothing(
     assert not (tmp_path / "profile").exists()
 
 
+def test_a_run_too_short_for_a_window_says_so(toy_overrides: list[str], tmp_path: Path) -> None:
+    overrides = [*toy_overrides, f"run.dir={tmp_path}", "evaluation.final=false"]
+    assert cli.run([*overrides, "profiling.enabled=true", "collector.total_frames=288"]) == 0
+    assert "logger.interval_frames" in (tmp_path / "log.txt").read_text()
+    assert not (tmp_path / "profile" / "phases.md").exists()
+
+
 def test_phases_count_only_in_their_window() -> None:
     phases = Phases(torch.device("cpu"))
     for window in (False, True, True):

@@ -29,16 +29,9 @@ from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
 from dreamer_isaac.assets.mirror import SERVER, Asset, Mirror, UnsafePath, clean, relative
-from dreamer_isaac.assets.references import references
+from dreamer_isaac.assets.references import comes_with_the_renderer, references
 
 MANIFEST = "manifest.json"
-RENDERERS_OWN = {
-    "OmniPBR.mdl", "OmniPBR_Opacity.mdl", "OmniPBR_ClearCoat.mdl", "OmniGlass.mdl",
-    "OmniGlass_Opacity.mdl", "OmniSurface.mdl", "OmniSurfaceLite.mdl", "OmniSurfacePresets.mdl",
-    "OmniHair.mdl", "OmniVolumeDensity.mdl", "gltf/pbr.mdl", "UsdPreviewSurface.mdl",
-    "nvidia/core_definitions.mdl",
-}  # fmt: skip
-"""Materials that come with the renderer: USD files name them, but they do not lie beside them."""
 
 
 class DownloadError(RuntimeError):
@@ -372,8 +365,7 @@ class Downloader:
             report.failed[asset] = _short(e)
             return
         if path is None:
-            own = any(asset.path.endswith("/" + name) for name in RENDERERS_OWN)
-            if not own and asset not in self._tiles:
+            if not comes_with_the_renderer(asset.path) and asset not in self._tiles:
                 report.missing[asset] = by
             return
         (report.fetched if fetched else report.kept).append(asset)

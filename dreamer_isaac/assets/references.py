@@ -9,10 +9,23 @@ from pathlib import Path
 
 USD = {".usd", ".usda", ".usdc"}
 
+RENDERERS_OWN = {
+    "OmniPBR.mdl", "OmniPBR_Opacity.mdl", "OmniPBR_ClearCoat.mdl", "OmniGlass.mdl",
+    "OmniGlass_Opacity.mdl", "OmniSurface.mdl", "OmniSurfaceLite.mdl", "OmniSurfacePresets.mdl",
+    "OmniHair.mdl", "OmniVolumeDensity.mdl", "gltf/pbr.mdl", "UsdPreviewSurface.mdl",
+    "nvidia/core_definitions.mdl",
+}  # fmt: skip
+"""Materials that come with the renderer: USD files name them, but they do not lie beside them."""
+
 _QUOTED = re.compile(r'"([^"\\\n]*)"')
 _TEXTURE = re.compile(r"\.(?:bmp|dds|exr|hdr|ies|jpe?g|ktx2?|png|tga|tiff?|tx)$", re.IGNORECASE)
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 _IMPORT = re.compile(r"\b(?:import\s+([^;]+?)|using\s+(\S+)\s+import\s+[^;]+?)\s*;")
+
+
+def comes_with_the_renderer(path: str) -> bool:
+    """Whether a file that is nowhere beside its user need not be there."""
+    return any(path.endswith("/" + name) for name in RENDERERS_OWN)
 
 
 class NeedsUsd(RuntimeError):

@@ -25,13 +25,9 @@ from types import ModuleType
 from typing import Any
 
 from dreamer_isaac.assets.mirror import SERVER, Asset, Mirror, UnsafePath, parse, relative
-from dreamer_isaac.assets.references import NeedsUsd, references
+from dreamer_isaac.assets.references import NeedsUsd, comes_with_the_renderer, references
 
 FETCH = "python scripts/download_assets.py"
-
-
-class AssetsMissing(RuntimeError):
-    """A strict run lacks assets; the message says which and how they are fetched."""
 
 
 @dataclass
@@ -88,7 +84,7 @@ class Resolver:
             asset = parse(reference)
         except UnsafePath:
             return reference
-        if asset is None or (not _is_url(reference) and not self._is_ours(reference)):
+        if asset is None or (not _is_url(reference) and not self.is_ours(reference)):
             return reference
         place = self.mirror.place(asset)
         if place.is_dir():  # a folder of textures, say
@@ -97,7 +93,8 @@ class Resolver:
             self.outcome[asset] = self._obtain(asset)
         return str(place)
 
-    def _is_ours(self, path: str) -> bool:
+    def is_ours(self, path: str) -> bool:
+        """Whether a path lies in the mirror."""
         return Path(os.path.abspath(path)).is_relative_to(self.mirror.root)
 
     def _obtain(self, asset: Asset) -> str:
@@ -115,6 +112,7 @@ class Resolver:
             return "missing"
         from dreamer_isaac.assets.download import Downloader, DownloadError
 
+        self.say(f"asset fetched from {self.server}: {asset.path} ({asset.release}) ...")
         try:
             report = Downloader(self.mirror, asset.release, self.server, retries=1).run([asset])
         except (DownloadError, NeedsUsd, OSError) as e:
@@ -176,14 +174,12 @@ def _is_url(text: str) -> bool:
 
 def _within(asset: Asset, texts: Iterable[str]) -> Iterable[Asset]:
     """What a file refers to in its release, less what comes with the renderer and tile patterns."""
-    from dreamer_isaac.assets.download import RENDERERS_OWN
-
     for text in texts:
         try:
             other = None if "<UDIM>" in text else relative(asset, text)
         except UnsafePath:
             other = None
-        if other is not None and not any(other.path.endswith("/" + n) for n in RENDERERS_OWN):
+        if other is not None and not comes_with_the_renderer(other.path):
             yield other
 
 
@@ -252,14 +248,14 @@ def _hook_assets(resolver: Resolver, module: Any) -> None:
         local = resolver.resolve(path)
         if os.path.isfile(local):
             return 1
-        return 0 if resolver._is_ours(local) else check(path)
+        return 0 if resolver.is_ours(local) else check(path)
 
     @functools.wraps(retrieve)
     def retrieve_file_path(path: str, *rest: Any, **options: Any) -> str:
         local = resolver.resolve(path)
         if os.path.exists(local):
             return os.path.abspath(local)
-        if resolver._is_ours(local):
+        if resolver.is_ours(local):
             raise FileNotFoundError(_missing(resolver, local))
         return retrieve(path, *rest, **options)
 
@@ -268,7 +264,7 @@ def _hook_assets(resolver: Resolver, module: Any) -> None:
         local = resolver.resolve(path)
         if os.path.isfile(local):
             return io.BytesIO(Path(local).read_bytes())
-        if resolver._is_ours(local):
+        if resolver.is_ours(local):
             raise FileNotFoundError(_missing(resolver, local))
         return read(path)
 

@@ -30,9 +30,8 @@ def make_env(cfg: Config, backend: str, device: torch.device, render: bool = Fal
         return make_mjlab(cfg, device, render)
     if backend == "isaaclab":
         from dreamer_isaac import launch
-        from dreamer_isaac.envs.isaaclab import make_isaaclab, task_config
+        from dreamer_isaac.envs.isaaclab import make_isaaclab
 
-        task = launch.prepared or task_config(cfg, str(device))
-        task.sim.device = str(device)
-        return make_isaaclab(cfg, device, task)
+        launch.prepared.sim.device = str(device)
+        return make_isaaclab(cfg, device, launch.prepared)
     raise ValueError(f"no backend {backend!r}")

@@ -1,4 +1,4 @@
-"""The recurrence's loops for small batches on a GPU: five kernels a step instead of thirteen.
+"""The recurrence's loops for small batches on a GPU in five kernels a step each way.
 
 With a few dozen sequences a step of the recurrence is not work but waiting: each product reads its
 weights once from the cache, and each kernel's start and end cost more than what it does. So every
@@ -512,7 +512,7 @@ BLOCK = 1024
 @torch.library.custom_op("dreamer_isaac::gru", mutates_args=())
 def gru(four: Tensor, belief: Tensor) -> Tensor:
     """The gates of `gaussian.GaussianRSSM.core_joined` in one kernel: [N, 4D], [N, D] -> [N, D].
-    torch.compile evaluates all four gates again for each of their four derivatives."""
+    torch.compile's kernel of its derivative took 2.4 of 41 ms (benchmarks/results/h200.jsonl)."""
     four, belief = four.contiguous(), belief.contiguous()
     out = torch.empty_like(belief)
     with on_device(out):

@@ -29,9 +29,8 @@ def full(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` for widths that are no multiple of 8: in half precision they are padded with
-    zeros, because the fast tensor-core kernels want rows that start at multiples of 16 bytes (a
-    product over 230 columns takes three times as long as one over 232). One output in half
-    precision is no product but a sum, in float32.
+    zeros, because the fast tensor-core kernels want rows that start at multiples of 16 bytes. One
+    output in half precision is no product but a sum, in float32.
 
     Args:
         x: [..., I], or wider: with zeros at its end. weight: [O, I]. bias: [O].
