@@ -25,10 +25,9 @@ _starting: list[threading.Thread] = []
 
 
 def start_compiler(device: torch.device, optimization: OptimizationConfig) -> None:
-    """Import the compiler, fill its table of patterns and start its worker processes in the
-    background: seconds that would otherwise come with the first compilation. Nothing is compiled
-    here, because compiling sets the global random generators back to where it began, under whatever
-    draws from them meanwhile."""
+    """Import the compiler and start its worker processes in the background: seconds that would
+    otherwise come with the first compilation. Nothing is compiled here, because compiling sets the
+    global random generators back to where it began, under whatever draws from them meanwhile."""
     if device.type != "cuda" or optimization.compile.enabled == "false" or _starting:
         return
 
@@ -37,11 +36,8 @@ def start_compiler(device: torch.device, optimization: OptimizationConfig) -> No
         with suppress(Exception):
             from torch._inductor import compile_fx  # noqa: F401
             from torch._inductor.async_compile import AsyncCompile
-            from torch._inductor.fx_passes import joint_graph, post_grad
 
             AsyncCompile.warm_pool()
-            joint_graph.lazy_init(device)  # type: ignore[call-arg]
-            post_grad.lazy_init(device)  # type: ignore[call-arg]
 
     _starting.append(threading.Thread(target=work, name="compiler", daemon=True))
     _starting[0].start()

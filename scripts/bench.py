@@ -13,6 +13,7 @@ medians over blocks, after warm-up.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -236,7 +237,6 @@ def replay(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def make_run(arguments: argparse.Namespace) -> Any:
     """The parts of a training run, in a temporary folder."""
-    import contextlib
     import tempfile
     from pathlib import Path
 
@@ -404,7 +404,8 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=0, help="list this many slowest kernels")
     arguments = parser.parse_intermixed_args()
     call = {"learner": learner, "replay": replay, "collect": simulated, "pipeline": simulated}
-    result = call[arguments.what](arguments)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
+        result = call[arguments.what](arguments)
     from dreamer_isaac.main import versions
 
     result["versions"] = versions()

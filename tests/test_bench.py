@@ -23,7 +23,8 @@ def bench(*arguments: str) -> dict[str, Any]:
         text=True, cwd=ROOT, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    [line] = done.stdout.splitlines()  # nothing else
+    return json.loads(line)
 
 
 @pytest.mark.parametrize("algo", ["dreamer_v3", "dreamer_v1"])
