@@ -2,7 +2,7 @@
 
 Hydra composes the configuration (defaults, presets, overrides); this module adds what Hydra
 leaves out: messages that name the mistake and the remedy, exit code 2 for them, and free paths
-below `env.cfg`.
+below `env.cfg` and `env.cameras`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def compose(overrides: list[str]) -> Config:
 
 
 def _checked_overrides(overrides: list[str]) -> list[str]:
-    """Name unknown keys ourselves, and let Hydra add the free paths below `env.cfg`."""
+    """Name unknown keys ourselves, and let Hydra add the free paths below `env.cfg`
+    and `env.cameras`."""
     paths, choices = set(known_paths()), groups()
     sections = {p.rsplit(".", i)[0] for p in paths for i in range(1, p.count(".") + 1)}
     problems, out = [], []
@@ -78,7 +79,10 @@ def _checked_overrides(overrides: list[str]) -> list[str]:
             out.append(f"collector.kind={value}")
         elif name in ("run.dir", "checkpoint.path", "checkpoint.init_from"):
             out.append(f"{name}={_quoted(value)}")
-        elif name.startswith("env.cfg."):
+        elif name == "env.cameras":  # names of poses
+            for pose in filter(None, (v.strip() for v in value.strip("[]'\" ").split(","))):
+                out.append(f"++env.cameras.{pose}={pose}")
+        elif name.startswith(("env.cfg.", "env.cameras.")):
             out.append("++" + text.lstrip("+"))
         elif name in choices:
             if value not in choices[name]:

@@ -120,8 +120,7 @@ class Policy:
             if self._graph is None:
                 self.prepare(observation)
             assert self._inputs is not None and self._graph is not None
-            for mine, given in zip(self._inputs, observation, strict=True):
-                mine.copy_(given)
+            self._inputs.copy_(observation)
             self._graph.replay()
         return Carry(*(t.clone() for t in self.carry))
 
@@ -132,8 +131,9 @@ class Policy:
         normal = torch.randn(envs, self.agent.action, **options)
         draw = (2 * torch.rand(envs, self.agent.action, **options) - 1) * self.bound
         belief, state, action = self._networks(
-            observation.obs, observation.is_first, self.carry, noise, normal, self.deterministic
-        )
+            observation.obs, observation.is_first, self.carry, noise, normal, self.deterministic,
+            observation.pixels,
+        )  # fmt: skip
         if self.exploration:
             extra = self.exploration * torch.randn(envs, self.agent.action, **options)
             action = torch.where(self.deterministic.unsqueeze(-1), action, action + extra)
@@ -146,7 +146,7 @@ class Policy:
     def prepare(self, observation: Observation) -> None:
         """Compile and capture, with an example; leaves no trace in what the policy remembers."""
         wait_for_compiler()
-        self._inputs = Observation(*(t.clone() for t in observation))
+        self._inputs = observation.clone()
         before, noise = [t.clone() for t in self.carry], self.generator.get_state()
         device = self.deterministic.device
         stream = torch.cuda.Stream(device)
@@ -259,7 +259,7 @@ class Collector:
     def _one(self) -> TensorDict:
         """One env step; the record of the training rows."""
         assert self.observation is not None, "start() comes first"
-        obs, is_first = self.observation
+        obs, is_first, pixels = self.observation
         self.policy.random.fill_(self.frames < self.random_frames)
         with self.phases("policy step"):
             belief, state, action = self.policy(self.observation)
@@ -278,6 +278,8 @@ class Collector:
             version=torch.full((envs,), self.version, dtype=torch.int32, device=obs.device),
             batch_size=[envs],
         )  # fmt: skip
+        if pixels is not None:
+            record["pixels"] = pixels
         return record[rows]
 
     def totals(self) -> Tensor:
@@ -309,8 +311,7 @@ class Collector:
             state |= {
                 "env": self.env.state_dict(),
                 "carry": [t.clone() for t in self.policy.carry],
-                "obs": self.observation.obs.clone(),
-                "is_first": self.observation.is_first.clone(),
+                **{k: v.clone() for k, v in self.observation._asdict().items() if v is not None},
                 "generator": self.policy.generator.get_state(),
                 "train_stats": self.train_stats.state_dict(),
                 "eval_stats": self.eval_stats.state_dict(),
@@ -326,7 +327,7 @@ class Collector:
         self.env.load_state_dict(state["env"])
         for mine, saved in zip(self.policy.carry, state["carry"], strict=True):
             mine.copy_(saved)
-        self.observation = Observation(state["obs"], state["is_first"])
+        self.observation = Observation(state["obs"], state["is_first"], state.get("pixels"))
         self.policy.generator.set_state(state["generator"].cpu())
         self.train_stats.load_state_dict(state["train_stats"])
         self.eval_stats.load_state_dict(state["eval_stats"])

@@ -14,7 +14,9 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-EMBEDDED_TASKS = ("Isaac-Cartpole-v0", "Isaac-Ant-v0", "Isaac-Humanoid-v0")
+EMBEDDED_TASKS = (
+    "Isaac-Cartpole-v0", "Isaac-Cartpole-RGB-v0", "Isaac-Ant-v0", "Isaac-Humanoid-v0",
+)  # fmt: skip
 """Isaac Lab task ids that the embedded simulator ports (`dreamer_isaac/envs/tasks`)."""
 
 MJLAB_PREFIX = "Mjlab-"
@@ -55,8 +57,18 @@ class EnvConfig:
     """Seeds the simulator, the networks, the noise and the replay sampler."""
     device: str = "auto"
     """Where the simulator and the acting policy run: `auto`, `cpu`, `cuda`, `cuda:1`, ..."""
-    from_pixels: bool = False
-    """Camera observations. Not built yet: only `false` is accepted."""
+    from_pixels: Literal["auto", "true", "false"] = "auto"
+    """Learn from cameras. `auto`: where the task has cameras of its own."""
+    pixels_only: bool = True
+    """With `from_pixels`: without the task's own observation, or together with it."""
+    image_size: int = 64
+    """Height and width of a picture; a multiple of 16."""
+    cameras: dict[str, Any] = field(default_factory=dict)
+    """Cameras to add to the scene: a named pose (`rear`, `side`, `top`; `env.cameras=[rear,top]` is
+    short for `env.cameras.rear=rear env.cameras.top=top`), or `env.cameras.NAME.position=[x,y,z]`
+    with `.target=[x,y,z]`, metres from the robot's root along the world's axes, and `.fov`,
+    degrees. Empty: the task's own cameras, or `side` where it has none. Several cameras are
+    channels of one picture."""
     physics: str = "auto"
     """Isaac Lab 3.x: the physics engine, `newton_mjwarp`, `physx`, ... `auto`: the task's default
     where Isaac Sim is installed, Newton otherwise."""
@@ -165,6 +177,8 @@ class ModelConfig:
     """Blocks of the block-diagonal GRU; divides `belief`."""
     units: int = 256
     """Width of encoder, decoder, heads, actor and critic."""
+    cnn_depth: int = 16
+    """Channels of the picture encoder's first stage are twice this (V1: this)."""
     encoder_layers: int = 3
     decoder_layers: int = 3
     head_layers: int = 1
@@ -535,9 +549,28 @@ def contradictions(cfg: Config) -> list[str]:
     for name in ck.init_modules:
         need(name in allowed, f"checkpoint.init_modules: unknown '{name}'; allowed are "
              f"{', '.join(sorted(allowed))}.")  # fmt: skip
-    need(not env.from_pixels, "env.from_pixels=true: camera observations are not built yet; "
-         "use env.from_pixels=false.")  # fmt: skip
+    out += _camera_contradictions(cfg)
     out += _task_contradictions(env)
+    return out
+
+
+def _camera_contradictions(cfg: Config) -> list[str]:
+    from dreamer_isaac.cameras import poses
+
+    env, out = cfg.env, []
+    if env.image_size <= 0 or env.image_size % 16:
+        near = max(16, round(env.image_size / 16) * 16)
+        out.append(f"env.image_size={env.image_size}: must be a multiple of 16 (the networks halve "
+                   f"a picture four times). Remedy: env.image_size={near}.")  # fmt: skip
+    if cfg.algo.name == "dreamer_v1" and env.image_size != 64:
+        out.append(f"env.image_size={env.image_size}: the first Dreamer's networks take 64. "
+                   "Remedy: env.image_size=64, or algo=dreamer_v3.")  # fmt: skip
+    if env.cameras and env.from_pixels == "false":
+        out.append("env.cameras without env.from_pixels. Remedy: env.from_pixels=true.")
+    try:
+        poses(env.cameras)
+    except ValueError as e:
+        out += str(e).splitlines()
     return out
 
 

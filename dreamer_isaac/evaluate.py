@@ -30,6 +30,8 @@ class Trajectory:
     """[M, T, S*K]"""
     done: Tensor
     """[M, T]: the action ended the episode."""
+    pixels: Tensor | None = None
+    """[M, T, H, W, C] uint8"""
 
 
 @dataclass
@@ -45,6 +47,8 @@ class Episodes:
     trajectory: Trajectory
     frames: list[np.ndarray]
     """Video frames [height, width, 3] uint8."""
+    view: list[np.ndarray]
+    """What the policy of env 0 saw: frames [height, width, 3] uint8, cameras side by side."""
 
     def summary(self) -> dict[str, Any]:
         """Mean, standard error of the mean, lengths, count, and the reward terms' shares."""
@@ -97,11 +101,15 @@ def play(
     limit = int(cfg.video_seconds / env.info.step_dt)
     recording = cfg.video
     longest = env.info.max_episode_length * rounds + 1
-    obs, is_first = env.reset()
+    view: list[Tensor] = []
+    observation = env.reset()
     for t in range(longest):
         noise = agent.draw_noise((envs,), generator)
         normal = torch.zeros(envs, agent.action, device=device)
-        belief, state, action = agent.act(obs, is_first, carry, noise, normal, greedy)
+        obs, is_first, pixels = observation
+        belief, state, action = agent.act(obs, is_first, carry, noise, normal, greedy, pixels)
+        if pixels is not None and cfg.video and t < limit:
+            view.append(pixels[0])
         if cfg.policy == "random":
             draw = torch.rand(action.shape, generator=generator, device=device)
             action = (2 * draw - 1) * env.action_bound
@@ -128,10 +136,10 @@ def play(
         )  # fmt: skip
         finished += outcome.done & open_
         if len(kept) < 4 * cfg.open_loop_steps:
-            row = (obs, executed, belief, state, outcome.done)
-            kept.append(tuple(x[:watched] for x in row))
+            row = (obs, executed, belief, state, outcome.done, pixels)
+            kept.append(tuple(x[:watched] for x in row if x is not None))
         carry = Carry(belief, state, executed)
-        obs, is_first = following
+        observation = following
         if t % 16 == 15 and bool((finished >= rounds).all()):
             break
     else:
@@ -144,7 +152,16 @@ def play(
     return Episodes(
         returns.flatten().cpu().numpy(), lengths.flatten().cpu().numpy(),
         {name: by_term[:, i] for i, name in enumerate(names)}, Trajectory(*columns), frames,
+        [enlarged(x) for x in view],
     )  # fmt: skip
+
+
+def enlarged(pixels: Tensor, least: int = 256) -> np.ndarray:
+    """[H, W, C] uint8 -> [height, width, 3] for people: cameras side by side, pixels repeated until
+    the picture is `least` high."""
+    cameras = torch.cat(pixels.split(3, -1), 1).cpu().numpy()
+    times = -(-least // len(cameras))
+    return cameras.repeat(times, 0).repeat(times, 1)
 
 
 @dataclass
@@ -157,7 +174,9 @@ class OpenLoop:
     """[M, T, O]"""
     error: np.ndarray
     """[T] root mean square over envs and components, each divided by its spread in the data, so
-    that 1 is what predicting the mean would give."""
+    that 1 is what predicting the mean would give. Of the pictures where nothing else is seen."""
+    video: list[np.ndarray] | None = None
+    """Truth, prediction and their difference of one env, one below the other: T frames."""
 
 
 def open_loop(agent: Agent, trajectory: Trajectory, steps: int) -> OpenLoop | None:
@@ -179,12 +198,31 @@ def open_loop(agent: Agent, trajectory: Trajectory, steps: int) -> OpenLoop | No
         trajectory.action[whole, start],
     )  # fmt: skip
     generator = torch.Generator(device=carry.belief.device).manual_seed(0)
-    prediction = agent.predict(carry, trajectory.action[whole, span], generator)
-    truth = trajectory.obs[whole, start + 1 : start + steps + 1]
+    prediction, imagined = agent.predict(carry, trajectory.action[whole, span], generator)
+    later = slice(start + 1, start + steps + 1)
+    truth = trajectory.obs[whole, later]
     prediction = prediction[:, : truth.shape[1]]
-    spread = truth.std((0, 1)).clamp_min(1e-3)
-    error = ((prediction - truth) / spread).square().mean((0, 2)).sqrt()
-    return OpenLoop(truth.cpu().numpy(), prediction.cpu().numpy(), error.cpu().numpy())
+    video = None
+    compared = truth, prediction
+    if imagined is not None and trajectory.pixels is not None:
+        real = trajectory.pixels[whole, later]
+        video = side_by_side(real[0], imagined[0, : real.shape[1]])
+        if not truth.shape[2]:
+            compared = real.flatten(2) / 255, imagined[:, : real.shape[1]].flatten(2)
+    spread = compared[0].std((0, 1)).clamp_min(1e-3)
+    error = ((compared[1] - compared[0]) / spread).square().mean((0, 2)).sqrt()
+    return OpenLoop(truth.cpu().numpy(), prediction.cpu().numpy(), error.cpu().numpy(), video)
+
+
+def side_by_side(real: Tensor, imagined: Tensor) -> list[np.ndarray]:
+    """Frames with the truth above, the prediction in the middle and their difference below.
+
+    Args:
+        real: [T, H, W, C] uint8. imagined: [T, H, W, C] in [0, 1].
+    """
+    guess = (255 * imagined).round().to(torch.uint8)
+    apart = (real.int() - guess.int()).abs().to(torch.uint8)
+    return [enlarged(x, 3 * 192) for x in torch.cat([real, guess, apart], 1)]
 
 
 def write_video(path: Path, frames: list[np.ndarray], fps: float) -> None:
@@ -258,7 +296,20 @@ def plots(folder: Path, rows: list[dict[str, str]], loop: OpenLoop | None, names
             axis.set_xlabel("frames")
         save(figure, "losses.png")
 
-    if loop is not None:
+    if loop is not None and loop.video is not None:
+        steps = [i for i in (0, 4, 9, 14, 19, 29, 39, 49) if i < len(loop.video)]
+        figure, axes = plt.subplots(1, len(steps), figsize=(1.5 * len(steps), 5.2), squeeze=False)
+        for axis, i in zip(axes[0], steps, strict=True):
+            axis.imshow(loop.video[i])
+            axis.set_title(f"{i + 1} ahead", fontsize=9)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        third = len(loop.video[0]) / 3
+        places = [third / 2, 1.5 * third, 2.5 * third]
+        axes[0][0].set_yticks(places, ["truth", "open loop", "difference"], fontsize=9)
+        save(figure, "open_loop_pixels.png")
+
+    if loop is not None and loop.truth.shape[2]:
         shown = min(8, loop.truth.shape[2])
         figure, axes = plt.subplots(
             -(-(shown + 1) // 3), 3, figsize=(11, 2.4 * -(-(shown + 1) // 3))

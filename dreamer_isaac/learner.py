@@ -142,6 +142,8 @@ class Learner:
         reward_multiplier: float = 1.0,
     ):
         self.agent, self.algo, self.generator = agent, algo, generator
+        self.fields = FIELDS + (("pixels",) if agent.pixels else ())
+        """The entries of a batch that an update reads."""
         self.reward_multiplier = reward_multiplier
         self.flat = flatten(agent.parameters())
         """All weights, the slow critic's last; `agent`'s parameters are views of it."""
@@ -201,8 +203,9 @@ class Learner:
         """Train on one batch.
 
         Args:
-            batch: obs [B, T+1, O], action [B, T+1, A], is_first, reward, terminated [B, T+1], and
-                the latents of the first record, belief [B, D] and state [B, S].
+            batch: obs [B, T+1, O], action [B, T+1, A], is_first, reward, terminated [B, T+1],
+                pixels [B, T+1, H, W, C] uint8 where the agent sees any, and the latents of the
+                first record, belief [B, D] and state [B, S].
 
         Returns:
             Scalar metrics on the device (nothing is read by the host), and the refreshed latents
@@ -211,13 +214,13 @@ class Learner:
         """
         source = _Given(batch)
         if self._capture:
-            fields = tuple((k, batch[k].shape, batch[k].dtype) for k in FIELDS)
+            fields = tuple((k, batch[k].shape, batch[k].dtype) for k in self.fields)
             if fields not in self._graphs:  # another shape is another graph
                 source.batch = batch.clone()
                 self._graphs[fields] = Captured(self, source)
             graph = self._graphs[fields]
             assert isinstance(graph.source, _Given)
-            for name in FIELDS:
+            for name in self.fields:
                 graph.source.batch[name].copy_(batch[name])
             metrics, latents = graph()
             marks = graph.marks
@@ -271,7 +274,7 @@ class Learner:
         phase = self.phases
         with phase("sample"):
             sampled = source.sample()
-            batch = {k: sampled[k] for k in FIELDS}
+            batch = {k: sampled[k] for k in self.fields}
             self._keep_batch(batch)
         if self.working is not self.flat:
             self.working.copy_(self.flat)
@@ -406,14 +409,17 @@ class Learner:
         rssm = self.net.rssm
         obs, action = batch["obs"][:, 1:].transpose(0, 1), batch["action"][:, :-1].transpose(0, 1)
         first = batch["is_first"][:, 1:].transpose(0, 1).unsqueeze(-1).contiguous()  # [T, B, 1]
-        embedding, action, start = self._encode(obs, action)
+        pixels = batch["pixels"][:, 1:].transpose(0, 1) if "pixels" in batch else None
+        embedding, action, start = self._encode(obs, action, pixels)
         belief, state = batch["belief"].to(rssm.dtype), rssm.expand(batch["state"])
         return belief, state, action, embedding, first, start
 
-    def _encode_(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _encode_(
+        self, obs: Tensor, action: Tensor, pixels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What the recurrence is fed with: embedding, action, initial belief."""
         rssm = self.net.rssm
-        embedding = rssm.project_embedding(self.net.encoder(obs))
+        embedding = rssm.project_embedding(self.net.encoder(obs, pixels))
         return embedding, rssm.project_action(action), rssm.initial_belief()
 
     def _finish_(
@@ -444,7 +450,7 @@ class Learner:
         dynamics = kl(observed.posterior.detach(), observed.prior)
         representation = kl(observed.posterior, observed.prior.detach())
         return {
-            "reconstruction": agent.decoder.loss(decoded, batch["obs"][:, 1:]).mean(),
+            "reconstruction": agent.decoder.loss(decoded, *seen(batch)).mean(),
             "reward": agent.reward.loss(reward, target).mean(),
             "continue": F.binary_cross_entropy_with_logits(logit, alive),
             "dynamics": dynamics.clamp_min(algo.free_nats).mean(),
@@ -625,7 +631,12 @@ class Learner:
 
 
 FIELDS = ("obs", "is_first", "action", "reward", "terminated", "belief", "state")
-"""The entries of a batch that an update reads."""
+"""The entries of a batch that every update reads."""
+
+
+def seen(batch: Batch) -> tuple[Tensor, ...]:
+    """What was observed at steps 1..T: the vector, and the pictures if there are any."""
+    return tuple(batch[k][:, 1:] for k in ("obs", "pixels") if k in batch)
 
 
 class Source(Protocol):

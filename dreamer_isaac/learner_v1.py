@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dreamer_isaac.config import OptimizationConfig
-from dreamer_isaac.learner import Batch, Learner, Noise, Observed, lambda_return
+from dreamer_isaac.learner import Batch, Learner, Noise, Observed, lambda_return, seen
 from dreamer_isaac.models.gaussian import Filtered, GaussianRecurrence, elu_backward_of, gru
 from dreamer_isaac.models.rssm import elu, full, join, linear
 from dreamer_isaac.optim import FlatOptimizer, GroupAdam
@@ -165,7 +165,7 @@ class LearnerV1(Learner):
         kl = net.rssm.kl(observed.posterior, observed.prior)
         decoded = net.decoder(join(observed.belief, observed.state))
         return {
-            "reconstruction": net.decoder.loss(decoded, batch["obs"][:, 1:]).mean(),
+            "reconstruction": net.decoder.loss(decoded, *seen(batch)).mean(),
             "reward": (net.reward(observed.arrival) - target).square().mean(),
             "kl": kl.clamp_min(self.algo.free_nats).mean(),
         }

@@ -141,15 +141,27 @@ def start_simulator(
     start = time.monotonic()
     env = make_env(cfg, backend, device, render)
     info = env.info
+    seen = [str(info.observation)] if info.observation or not info.pixels else []
+    if info.pixels:
+        seen.append("pictures of {} x {} x {}".format(*info.pixels))
     console.say(f"simulator ready in {duration(time.monotonic() - start)}: observation "
-                f"{info.observation}, action {info.action}, {info.step_dt * 1000:.1f} ms a step, "
+                f"{' and '.join(seen)}, action {info.action}, {info.step_dt * 1000:.1f} ms a step, "
                 f"episodes of {info.max_episode_length} steps")  # fmt: skip
     return env
 
 
 def make_agent(cfg: Config, env: SimEnv, device: torch.device) -> Agent:
     """The networks for this task."""
-    return Agent(env.info.observation, env.info.action, cfg.model, cfg.algo).to(device)
+    info = env.info
+    return Agent(info.observation, info.action, cfg.model, cfg.algo, info.pixels).to(device)
+
+
+def _write_video(path: Path, frames: list[np.ndarray], fps: float, console: Console) -> None:
+    try:
+        evaluate.write_video(path, frames, fps)
+        console.say(f"video: {path}")
+    except Exception as e:  # a missing encoder must not cost the run its result
+        console.say(f"no video: {type(e).__name__}: {e}")
 
 
 def report(
@@ -171,13 +183,8 @@ def report(
     if summary["reward_terms"]:
         shares = (f"{k} {v['mean']:.3f}" for k, v in summary["reward_terms"].items())
         console.say("  of which " + ", ".join(shares))
-    if episodes.frames:
-        path = folder / "videos" / "evaluation.mp4"
-        try:
-            evaluate.write_video(path, episodes.frames, 1 / env.info.step_dt)
-            console.say(f"video: {path}")
-        except Exception as e:  # a missing encoder must not cost the run its result
-            console.say(f"no video: {type(e).__name__}: {e}")
+    views = {"evaluation.mp4": episodes.frames, "policy_view.mp4": episodes.view}
+    views = {k: v for k, v in views.items() if v}
     loop = None
     if cfg.evaluation.policy == "trained":
         loop = evaluate.open_loop(agent, episodes.trajectory, cfg.evaluation.open_loop_steps)
@@ -185,6 +192,10 @@ def report(
         evaluate.plots(folder / "plots", rows, loop, env.info.observation_names, cfg.env.name)
     if loop is not None:
         summary["open_loop_error"] = float(loop.error.mean())
+        if loop.video is not None:
+            views["open_loop.mp4"] = loop.video
+    for name, frames in views.items():
+        _write_video(folder / "videos" / name, frames, 1 / env.info.step_dt, console)
     return summary
 
 
@@ -218,6 +229,12 @@ def evaluate_run(cfg: Config, folder: Path, console: Console) -> int:
                     f"the checkpoint is for {names['task']} ({len(names[kind])} {kind}), this task "
                     f"is {env.info.task} ({len(getattr(env.info, kind))}) with other names or order"
                 )
+        if list(names.get("pixels", [])) != list(env.info.pixels or []):
+            raise checkpoint.CheckpointError(
+                f"the checkpoint's policy sees pictures of {names.get('pixels') or 'nothing'}, "
+                f"this task shows {list(env.info.pixels or []) or 'none'}. Remedy: the same env."
+                "from_pixels, env.cameras and env.image_size."
+            )
         checkpoint.load_networks(agent, state["networks"], found)
     summary = report(cfg, folder, env, agent, console, [])
     write_json(folder / "summary.json", {

@@ -12,6 +12,7 @@ never does; it never crosses the write head.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -83,11 +84,14 @@ class RingSliceSampler(Sampler):
         raise NotImplementedError("loaded through load_state_dict (checkpoint.py)")
 
 
-def record_bytes(observation: int, action: int, model: ModelConfig) -> int:
+def record_bytes(
+    observation: int, action: int, model: ModelConfig, pixels: tuple[int, int, int] | None = None
+) -> int:
     """Bytes of one stored record."""
     floats = observation + action + 1 + model.belief
     state = 4 * model.gaussian if model.latent == "gaussian" else model.categoricals
-    return 4 * floats + 3 + state + 12  # three flags, the version and the serial number
+    picture = math.prod(pixels) if pixels else 0
+    return 4 * floats + 3 + state + 12 + picture  # 12: the version and the serial number
 
 
 class Replay:
@@ -95,7 +99,7 @@ class Replay:
 
     Args:
         envs: training envs. generator: on `device`, draws the slices.
-        observation, action: O, A.
+        observation, action: O, A. pixels: shape of the pictures, where there are any.
     """
 
     def __init__(
@@ -107,11 +111,12 @@ class Replay:
         model: ModelConfig,
         device: torch.device,
         generator: torch.Generator,
+        pixels: tuple[int, int, int] | None = None,
     ):
         self.cfg, self.envs, self.device = cfg, envs, device
         self.steps = cfg.size // envs
         """Capacity in time steps; each holds a record of every env."""
-        self.gib = self.steps * envs * record_bytes(observation, action, model) / 2**30
+        self.gib = self.steps * envs * record_bytes(observation, action, model, pixels) / 2**30
         self.slices = cfg.batch_size // cfg.batch_length
         self.sampler = RingSliceSampler(cfg.batch_length + 1, self.steps, envs, generator)
         self.buffer = ReplayBuffer(

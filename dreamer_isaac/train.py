@@ -145,7 +145,7 @@ class Run:
         )  # fmt: skip
         self.replay = Replay(
             cfg.replay_buffer, train_envs, info.observation, info.action, cfg.model,
-            store, generators[2],
+            store, generators[2], info.pixels,
         )  # fmt: skip
         self.limiter = Limiter(
             cfg.optimization.replay_ratio, cfg.replay_buffer.batch_size,
@@ -234,7 +234,8 @@ class Run:
             "episodes": self.episodes, "seconds": self.seconds, "exact": exact,
             "task": {"task": info.task, "backend": info.backend,
                      "observation_names": info.observation_names,
-                     "action_names": info.action_names},
+                     "action_names": info.action_names,
+                     "pixels": list(info.pixels or [])},
         })  # fmt: skip
 
     def restore(self, found: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "dreamer_isaac"
 LAYERS = [
-    {"config"},
+    {"config", "cameras"},
     {"assets", "compiling", "profiling", "envs", "models", "replay", "checkpoint", "logger"}
     | {"optim", "launch"},
     {"learner", "learner_v1", "collect", "evaluate"},

@@ -35,14 +35,14 @@ def short() -> Iterator[SimEnv]:
 
 def test_time_table_on_the_embedded_simulator(short: SimEnv) -> None:
     assert short.info.max_episode_length == 12
-    obs, first = short.reset()
+    obs, first, _ = short.reset()
     assert bool(first.all())
     clock = torch.zeros(8)
     seen = 0
     for t in range(40):
         action = torch.full((8, 1), 0.5 if t % 2 else -0.5)
         before = obs.clone()
-        _, outcome, (obs, first) = short.step(action)
+        _, outcome, (obs, first, _) = short.step(action)
         clock += 1
         assert torch.equal(outcome.truncated, clock == 12)
         assert torch.equal(first, outcome.done)
@@ -62,7 +62,7 @@ def test_nothing_of_the_simulator_s_buffers_is_handed_out(short: SimEnv) -> None
     handed, copies = [], []
     for t in range(14):
         executed, outcome, observation = short.step(torch.full((8, 1), 0.1 * t))
-        fresh = [executed, *outcome, *observation]
+        fresh = [executed, *outcome, observation.obs, observation.is_first]
         handed += fresh
         copies += [x.clone() for x in fresh]
     assert all(torch.equal(a, b) for a, b in zip(handed, copies, strict=True))
@@ -153,7 +153,7 @@ def test_saved_state_goes_on_bit_by_bit_in_a_new_simulation(name: str, envs: int
         result = other.step(action)
         pairs = zip(itertools.chain([result[0]], *result[1:]),
                     [executed, *outcome, *observation], strict=True)  # fmt: skip
-        assert all(torch.equal(a, b) for a, b in pairs)
+        assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
 
 
 def test_picture_without_opengl() -> None:
@@ -166,3 +166,47 @@ def test_picture_without_opengl() -> None:
     for _ in range(10):
         env.step(torch.ones(2, 1))
     assert (env.render() != first).any()
+
+
+def test_a_picture_shows_the_state_of_its_own_step() -> None:
+    """Resets included: every picture is rendered again, from the positions of its step alone."""
+    env = make("env.name=Isaac-Cartpole-RGB-v0", "env.cfg.episode_length_s=0.2",
+               "env.pixels_only=false", "env.image_size=32", envs=4)  # fmt: skip
+    sim: Any = env.sim  # type: ignore[attr-defined]
+    observation = env.reset()
+    assert env.info.pixels == (32, 32, 3) and env.info.observation == 4
+    kept, ended = [], 0
+    for t in range(30):
+        qpos = sim.sim.data.qpos.clone()
+        kept.append((qpos, observation))
+        _, outcome, observation = env.step(torch.full((4, 1), (-1.0) ** t))
+        ended += int(outcome.done.sum())
+    assert ended == 8
+    pictures = torch.stack([o.pixels for _, o in kept])
+    for qpos, seen in kept:
+        sim.sim.data.qpos[:] = qpos
+        sim.sim.forward()
+        sim.sim.sense()
+        assert torch.equal(env.pixels(), seen.pixels)  # type: ignore[arg-type]
+        assert torch.allclose(qpos[:, :1], seen.obs[:, :1], atol=1e-6)
+    changed = (pictures[1:] != pictures[:-1]).flatten(2).any(2)
+    assert changed.float().mean() > 0.5  # the cart moves, so the test can fail
+    env.close()
+
+
+def test_cameras_of_any_task_follow_the_robot() -> None:
+    env = make("env.name=Isaac-Ant-v0", "env.from_pixels=true", "env.image_size=32",
+               "env.cameras=[side,top]", "env.cameras.near.position=[1,1,1]",
+               "env.cameras.near.target=[0,0,0]", envs=4)  # fmt: skip
+    sim: Any = env.sim  # type: ignore[attr-defined]
+    first = env.reset()
+    assert env.info.pixels == (32, 32, 9) and env.info.observation == 0
+    cameras = [sim.sim.mj_model.camera(n).id for n in ("side", "top", "near")]
+    torso = sim.sim.mj_model.body("robot/torso").id
+    for _ in range(5):
+        _, _, observation = env.step(torch.randn(4, 8).clamp(-1, 1))
+    away = sim.sim.data.cam_xpos[:, cameras] - sim.sim.data.xpos[:, torso, None]
+    expected = torch.tensor([[0.0, -3.0, 1.0], [0.0, 0.0, 4.0], [1.0, 1.0, 1.0]])
+    torch.testing.assert_close(away, expected.expand(4, 3, 3), atol=1e-4, rtol=0)
+    assert not torch.equal(observation.pixels, first.pixels)  # type: ignore[arg-type]
+    env.close()

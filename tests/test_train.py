@@ -106,9 +106,16 @@ def test_limiter_pays_the_ratio_exactly() -> None:
     assert sum(1 for _ in limiter.due(False)) == 0 and limiter.credit == 0
 
 
-def test_exact_resume_equals_never_stopping(toy_overrides: list[str], tmp_path: Path) -> None:
+PIXELS = ["env.from_pixels=true", "env.image_size=16", "model.cnn_depth=2"]
+
+
+@pytest.mark.parametrize("more", [[], PIXELS], ids=["state", "pixels"])
+def test_exact_resume_equals_never_stopping(
+    more: list[str], toy_overrides: list[str], tmp_path: Path
+) -> None:
     # At this ratio updates are still owed, in part, at every checkpoint.
-    whole = [*toy_overrides, *EXACT, "evaluation.final=false", "optimization.replay_ratio=0.4"]
+    whole = [*toy_overrides, *EXACT, *more, "evaluation.final=false",
+             "optimization.replay_ratio=0.4"]  # fmt: skip
     parts = [*whole, f"run.dir={tmp_path / 'parts'}"]
     assert main(compose(whole)) == 0
     for total in (288, 480, 960):
@@ -116,13 +123,14 @@ def test_exact_resume_equals_never_stopping(toy_overrides: list[str], tmp_path: 
     assert_same_run(folder(whole), tmp_path / "parts")
 
 
-@pytest.mark.parametrize("task", ["Isaac-Cartpole-v0", "Isaac-Ant-v0"])
+@pytest.mark.parametrize("task", ["Isaac-Cartpole-v0", "Isaac-Ant-v0", "Isaac-Cartpole-RGB-v0"])
 def test_exact_resume_on_real_physics(
     task: str, toy_overrides: list[str], tmp_path: Path, program: Program
 ) -> None:
     pytest.importorskip("mjlab", reason="the embedded simulator is not installed")
     base = [*toy_overrides, *EXACT, "evaluation.final=false", "env.backend=mjlab",
-            f"env.name={task}", "env.cfg.episode_length_s=0.5"]  # fmt: skip
+            f"env.name={task}", "env.cfg.episode_length_s=0.5", "env.image_size=16",
+            "model.cnn_depth=2"]  # fmt: skip
     for name, totals in (("whole", [960]), ("parts", [480, 960])):
         for total in totals:
             result = program(*base, f"run.dir={tmp_path / name}", f"collector.total_frames={total}")

@@ -23,7 +23,10 @@ def make_env(cfg: Config, backend: str, device: torch.device, render: bool = Fal
     if backend == "toy":
         from dreamer_isaac.envs.toy import ToyEnv
 
-        return ToyEnv(cfg.env.num_envs, cfg.env.seed, device, cfg.env.action_bound)
+        image = cfg.env.image_size if cfg.env.from_pixels == "true" else 0
+        return ToyEnv(
+            cfg.env.num_envs, cfg.env.seed, device, cfg.env.action_bound, image, cfg.env.pixels_only
+        )
     if backend == "mjlab":
         from dreamer_isaac.envs.mjlab import make_mjlab
 

@@ -29,9 +29,22 @@ class Observation(NamedTuple):
     """What is known before an action."""
 
     obs: Tensor
-    """[N, O] float32, never NaN."""
+    """[N, O] float32, never NaN; O is 0 where only pictures are observed."""
     is_first: Tensor
     """[N] bool"""
+    pixels: Tensor | None = None
+    """[N, H, W, C] uint8, of this very state; None where the task has no cameras."""
+
+    def clone(self) -> Observation:
+        """The same values in tensors of one's own."""
+        pixels = None if self.pixels is None else self.pixels.clone()
+        return Observation(self.obs.clone(), self.is_first.clone(), pixels)
+
+    def copy_(self, other: Observation) -> None:
+        """Take another one's values."""
+        for mine, given in zip(self, other, strict=True):
+            if mine is not None and given is not None:
+                mine.copy_(given)
 
 
 class Outcome(NamedTuple):
@@ -66,6 +79,8 @@ class EnvInfo:
     """A name for every component, e.g. `joint_pos[slider_to_cart]`."""
     action_names: list[str]
     """The joint that every action component drives."""
+    pixels: tuple[int, int, int] | None = None
+    """Height, width and channels (3 for every camera) of the pictures."""
 
 
 class ObservationError(RuntimeError):
@@ -96,8 +111,8 @@ class SimEnv:
     def reset(self) -> Observation:
         """Start a first episode in every env."""
         self._td = self.env.reset()
-        obs = self._clone_obs(self._td)
-        return Observation(obs, torch.ones(len(obs), dtype=torch.bool, device=self.device))
+        first = torch.ones(self.info.num_envs, dtype=torch.bool, device=self.device)
+        return Observation(self._clone_obs(self._td), first, self.pixels())
 
     def step(self, action: Tensor) -> tuple[Tensor, Outcome, Observation]:
         """Execute `action` [N, A].
@@ -117,11 +132,18 @@ class SimEnv:
         )
         obs = self._clone_obs(self._td)
         self._finite &= torch.isfinite(obs).all() & torch.isfinite(outcome.reward).all()
-        return executed, outcome, Observation(obs, outcome.done.clone())
+        return executed, outcome, Observation(obs, outcome.done.clone(), self.pixels())
 
     def _clone_obs(self, td: TensorDictBase) -> Tensor:
+        if not self.info.observation:
+            return torch.zeros(self.info.num_envs, 0, device=self.device)
         obs: Tensor = td.get(self.key)
         return obs.to(torch.float32, copy=True)
+
+    def pixels(self) -> Tensor | None:
+        """Pictures [N, H, W, C] uint8 of the state that the simulator is in, a copy; None where
+        there are no cameras."""
+        return None
 
     def check_finite(self) -> None:
         """Complain if any observation or reward since the last call was NaN or infinite.

@@ -7,7 +7,7 @@ import difflib
 import io
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,8 @@ def make_mjlab(cfg: Config, device: torch.device, render: bool) -> SimEnv:
     from mjlab.tasks.registry import load_env_cfg
     from torchrl.envs import MJLabEnv
 
+    from dreamer_isaac.envs.sensors import add_cameras
+
     known = load_tasks(cfg.env.import_)
     name = cfg.env.name
     if name not in known:
@@ -61,6 +63,7 @@ def make_mjlab(cfg: Config, device: torch.device, render: bool) -> SimEnv:
     task = load_env_cfg(name)
     set_paths(task, cfg.env.cfg)
     task.seed = cfg.env.seed
+    cameras = add_cameras(task, cfg.env)
     group = next((g for g in OBSERVATION_GROUPS if g in task.observations), None)
     if group is None:
         raise ConfigError(
@@ -75,18 +78,23 @@ def make_mjlab(cfg: Config, device: torch.device, render: bool) -> SimEnv:
         env = MJLabEnv(
             name, cfg=task, num_envs=cfg.env.num_envs, device=device, native_autoreset=True
         )
-    return MjlabEnv(env, name, group, cfg.env.action_bound, render)
+    return MjlabEnv(env, name, group, cfg.env.action_bound, render, cameras, cfg.env.pixels_only)
 
 
 class MjlabEnv(SimEnv):
     """An mjlab task under the contract. mjlab resets finished envs inside `step`."""
 
-    def __init__(self, env: Any, name: str, group: str, bound: float, render: bool):
+    def __init__(
+        self, env: Any, name: str, group: str, bound: float, render: bool,
+        cameras: Sequence[str] = (), pixels_only: bool = True,
+    ):  # fmt: skip
         self.sim = env._env
         """mjlab's own ManagerBasedRlEnv."""
+        self.cameras = tuple(cameras)
+        """Names of the sensors whose pictures are observed."""
         self.renderer: Any = None
         self.render_enabled = render
-        names = observation_names(self.sim, group)
+        names = [] if cameras and pixels_only else observation_names(self.sim, group)
         info = EnvInfo(
             task=name,
             backend="mjlab",
@@ -98,12 +106,23 @@ class MjlabEnv(SimEnv):
             observation_names=names,
             action_names=action_names(self.sim),
         )
+        if cameras:
+            pixels = self.pixels()
+            assert pixels is not None
+            info.pixels = (pixels.shape[1], pixels.shape[2], pixels.shape[3])
         super().__init__(env, info, group, bound)
 
     def reward_terms(self) -> tuple[list[str], Tensor]:
         manager = self.sim.reward_manager  # it keeps rates: value * weight, before the step's time
         scale = self.sim.step_dt if manager._scale_by_dt else 1.0
         return list(manager.active_terms), manager._step_reward * scale
+
+    def pixels(self) -> Tensor | None:
+        from dreamer_isaac.envs.sensors import averaged
+
+        # `step` renders after its resets, and writes to the same buffer again in the next one.
+        pictures = [averaged(self.sim.scene[name].data.rgb) for name in self.cameras]
+        return torch.cat(pictures, -1) if pictures else None
 
     def render(self) -> np.ndarray | None:
         if not self.render_enabled:
@@ -141,6 +160,8 @@ class MjlabEnv(SimEnv):
                 raise ValueError(f"the saved simulation's {path} has another shape")
             mine[path].copy_(saved)
         _set_counters(self.sim, state["counters"])
+        if self.sim.scene.sensor_context is not None:
+            self.sim.sim.sense()
         torch.set_rng_state(state["torch"].cpu())
         if state["cuda"]:
             torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
@@ -149,7 +170,7 @@ class MjlabEnv(SimEnv):
         assert self._td is not None
         obs = self.sim.obs_buf[self.key]
         self._td.set(self.key, obs.clone())
-        return Observation(obs.to(torch.float32, copy=True), first.is_first)
+        return Observation(self._clone_obs(self._td), first.is_first, self.pixels())
 
 
 def observation_names(sim: Any, group: str) -> list[str]:
@@ -191,13 +212,15 @@ def _action_labels(sim: Any, width: int) -> list[str]:
 
 _SKIP = ("cfg", "_cfg", "metadata", "model", "mj_model", "mj_data", "single_action_space",
          "single_observation_space", "action_space", "observation_space", "viewer",
-         "_offline_renderer", "renderer", "spec", "nan_guard", "_env", "env", "extras")  # fmt: skip
+         "_offline_renderer", "renderer", "spec", "nan_guard", "_env", "env", "extras",
+         "_sensor_context", "_ctx")  # fmt: skip
 
 
 def _objects(root: Any) -> Iterator[tuple[str, Any]]:
     """Every object of mjlab, MuJoCo-Warp or a task that hangs below `root`, with its path.
 
-    Configurations, the compiled model and back references are left out: they do not change.
+    Configurations, the compiled model and back references are left out: they do not change; and
+    what renders, which follows from the rest.
     """
     stack, seen = [("", root)], set()
     while stack:

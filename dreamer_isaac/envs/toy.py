@@ -1,5 +1,7 @@
 """A toy simulator of known dynamics, for tests and for trying the trainer without physics.
 
+With `pixels` it also shows a picture of itself: a bright column where the point is.
+
 A point on a line is pushed by the action: x <- x + v dt, v <- v + 4 a dt. The reward is 1 - |x|
 per step, times dt. An episode terminates when |x| > 1.5 and is truncated after 40 steps. Like the
 real simulators it resets by itself, writes its buffers *in place* and hands them out as they are.
@@ -22,7 +24,9 @@ DT, LIMIT, LENGTH = 0.1, 1.5, 40
 class PointEnv(EnvBase):
     """N points; observation (x, v, step / LENGTH), one action."""
 
-    def __init__(self, num_envs: int, seed: int = 0, device: str | torch.device = "cpu"):
+    def __init__(
+        self, num_envs: int, seed: int = 0, device: str | torch.device = "cpu", image: int = 0
+    ):
         super().__init__(device=device, batch_size=torch.Size([num_envs]))
         self._torchrl_native_autoreset = True
         shape, batch = torch.Size([num_envs, 1]), torch.Size([num_envs])
@@ -38,6 +42,7 @@ class PointEnv(EnvBase):
         self.generator = torch.Generator(device=self.device)
         self.generator.manual_seed(seed)
         self.obs = torch.zeros(num_envs, 3, device=self.device)
+        self.picture = torch.zeros(num_envs, image, image, 3, dtype=torch.uint8, device=self.device)
         self.reward = torch.zeros(shape, device=self.device)
         self.terminated = torch.zeros(shape, dtype=torch.bool, device=self.device)
         self.truncated = torch.zeros(shape, dtype=torch.bool, device=self.device)
@@ -46,6 +51,9 @@ class PointEnv(EnvBase):
         draw = torch.rand(len(self.obs), 2, generator=self.generator, device=self.device)
         fresh = torch.cat([2 * draw - 1, torch.zeros_like(draw[:, :1])], -1)
         self.obs.copy_(torch.where(mask, fresh, self.obs))
+        columns = torch.linspace(-2, 2, self.picture.shape[2], device=self.device)
+        bright = 255 * torch.exp(-((columns - self.obs[:, :1]) / 0.2).square())
+        self.picture.copy_(bright[:, None, :, None].expand_as(self.picture))
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
         if tensordict is not None and "_reset" in tensordict:
@@ -83,21 +91,35 @@ class ToyEnv(SimEnv):
     env: PointEnv
 
     def __init__(
-        self, num_envs: int, seed: int, device: torch.device | str = "cpu", bound: float = 1.0
+        self,
+        num_envs: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        bound: float = 1.0,
+        image: int = 0,
+        pixels_only: bool = True,
     ):
+        names = ["position", "velocity", "clock"] if not image or not pixels_only else []
         info = EnvInfo(
-            "Toy-Point", "toy", num_envs, 3, 1, DT, LENGTH,
-            ["position", "velocity", "clock"], ["push"],
+            "Toy-Point", "toy", num_envs, len(names), 1, DT, LENGTH, names, ["push"],
+            (image, image, 3) if image else None,
         )  # fmt: skip
-        super().__init__(PointEnv(num_envs, seed, device), info, "policy", bound)
+        super().__init__(PointEnv(num_envs, seed, device, image), info, "policy", bound)
+
+    def pixels(self) -> torch.Tensor | None:
+        return self.env.picture.clone() if self.info.pixels else None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"obs": self.env.obs.clone(), "generator": self.env.generator.get_state()}
+        return {
+            "obs": self.env.obs.clone(), "picture": self.env.picture.clone(),
+            "generator": self.env.generator.get_state(),
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> Observation:
         first = self.reset()
         self.env.obs.copy_(state["obs"])
+        self.env.picture.copy_(state["picture"])
         self.env.generator.set_state(state["generator"].cpu())
         assert self._td is not None
         self._td.set("policy", self.env.obs)
-        return Observation(self.env.obs.clone(), first.is_first)
+        return Observation(self._clone_obs(self._td), first.is_first, self.pixels())

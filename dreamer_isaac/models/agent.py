@@ -13,8 +13,14 @@ from dreamer_isaac.models.gaussian import GaussianRSSM
 from dreamer_isaac.models.heads import (
     Actor,
     ContinueHead,
+    ImageDecoder,
+    ImageEncoder,
+    MixedDecoder,
+    MixedEncoder,
     PlainDecoder,
     PlainEncoder,
+    PlainImageDecoder,
+    PlainImageEncoder,
     ScalarHead,
     TanhActor,
     TwoHotHead,
@@ -40,6 +46,7 @@ class Agent(nn.Module):
 
     Args:
         observation: O, components of the observation. action: A, components of the action.
+        pixels: height, width and channels of the pictures, where there are any.
     """
 
     # Two families of networks with the same interfaces (rssm.py, gaussian.py, heads.py).
@@ -52,29 +59,45 @@ class Agent(nn.Module):
     critic: Any
     slow_critic: Any
 
-    def __init__(self, observation: int, action: int, model: ModelConfig, algo: AlgoConfig):
+    def __init__(
+        self,
+        observation: int,
+        action: int,
+        model: ModelConfig,
+        algo: AlgoConfig,
+        pixels: tuple[int, int, int] | None = None,
+    ):
         super().__init__()
-        self.observation, self.action = observation, action
-        units = model.units
-        if model.latent == "gaussian":
-            self.encoder = PlainEncoder(observation, units, model.encoder_layers)
+        self.observation, self.action, self.pixels = observation, action, pixels
+        units, depth, plain = model.units, model.cnn_depth, model.latent == "gaussian"
+        make = PlainEncoder if plain else VectorEncoder
+        self.encoder = make(observation, units, model.encoder_layers) if observation else None
+        if pixels:
+            image = (PlainImageEncoder if plain else ImageEncoder)(pixels, depth)
+            self.encoder = MixedEncoder(image, self.encoder)
+        if plain:
             self.rssm = GaussianRSSM(
                 action, self.encoder.width, model.belief, model.hidden, model.gaussian
             )
             features = self.features = model.belief + self.rssm.state
-            self.decoder = PlainDecoder(features, observation, units, model.decoder_layers)
+            self.decoder = self._decoder(PlainDecoder, model)
+            if pixels:
+                image = PlainImageDecoder(features, pixels, depth)
+                self.decoder = MixedDecoder(image, self.decoder)
             self.reward = ScalarHead(features, units, model.head_layers)
             self.continuation = None
             self.actor = TanhActor(features, action, units, model.actor_layers)
             self.critic = ScalarHead(features, units, model.critic_layers)
         else:
-            self.encoder = VectorEncoder(observation, units, model.encoder_layers)
             self.rssm = RSSM(
                 action, self.encoder.width, model.belief, model.hidden, model.categoricals,
                 model.classes, model.blocks, model.unimix,
             )  # fmt: skip
             features = self.features = model.belief + self.rssm.state
-            self.decoder = VectorDecoder(features, observation, units, model.decoder_layers)
+            self.decoder = self._decoder(VectorDecoder, model)
+            if pixels:
+                image = ImageDecoder(features, pixels, depth, model.blocks)
+                self.decoder = MixedDecoder(image, self.decoder)
             self.reward = TwoHotHead(features, units, model.head_layers, model.bins)
             self.continuation = ContinueHead(features, units, model.head_layers)
             self.actor = Actor(
@@ -82,6 +105,12 @@ class Agent(nn.Module):
             )
             self.critic = TwoHotHead(features, units, model.critic_layers, model.bins)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
+
+    def _decoder(self, make: Any, model: ModelConfig) -> nn.Module | None:
+        """The vector's decoder, where a vector is observed."""
+        if not self.observation:
+            return None
+        return make(self.features, self.observation, model.units, model.decoder_layers)
 
     def learned(self) -> dict[str, nn.Parameter]:
         """The parameters that the optimiser updates (not the slow critic's), by name."""
@@ -113,6 +142,7 @@ class Agent(nn.Module):
         noise: Tensor,
         normal: Tensor,
         deterministic: Tensor,
+        pixels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One acting step.
 
@@ -122,12 +152,13 @@ class Agent(nn.Module):
             deterministic: [N] bool; these rows take the policy's mean. The posterior is sampled
                 for every row, as in the reference: the networks have only seen samples, and its
                 mode as a state played far worse (cartpole: 1.3 where samples gave 4.9).
+            pixels: [N, H, W, C] uint8, where the agent has been built for them.
 
         Returns:
             belief [N, D] and state [N, S*K] after `observation`, and the action [N, A] of the
             policy, not clipped yet.
         """
-        embedding = self.rssm.project_embedding(self.encoder(observation))
+        embedding = self.rssm.project_embedding(self.encoder(observation, pixels))
         belief = self.belief_step(carry, is_first)
         logits = self.rssm.posterior_logits(belief, embedding)
         state = self.rssm.draw(logits, noise)
@@ -139,7 +170,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def predict(
         self, carry: Carry, actions: Tensor, generator: torch.Generator, samples: int = 16
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """Open-loop prediction: the observations that `actions` are expected to lead to.
 
         Args:
@@ -150,7 +181,8 @@ class Agent(nn.Module):
                 the data's spread after 50 steps.)
 
         Returns:
-            [N, T, O], in the observation's units.
+            [N, T, O], in the observation's units, and pictures [N, T, H, W, C] in [0, 1] where the
+            agent sees any: of the first sampled future, because a mean of pictures is a blur.
         """
         belief, state = (x.repeat_interleave(samples, 0) for x in (carry.belief, carry.state))
         features = []
@@ -159,5 +191,6 @@ class Agent(nn.Module):
             noise = self.draw_noise((len(belief),), generator)
             state = self.rssm.draw(self.rssm.prior_logits(belief), noise)
             features.append(torch.cat([belief, state], -1))
-        decoded = self.decoder.decode(torch.stack(features, 1))
-        return decoded.unflatten(0, (-1, samples)).mean(1)
+        futures = torch.stack(features, 1)
+        decoded = self.decoder.decode(futures).unflatten(0, (-1, samples)).mean(1)
+        return decoded, self.decoder.decode_pixels(futures[::samples]) if self.pixels else None

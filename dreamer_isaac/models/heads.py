@@ -11,7 +11,15 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchrl.modules import MLP, DreamerV3MLP, SymExpTwoHot
+from torchrl.modules import (
+    MLP,
+    DreamerV3ImageDecoder,
+    DreamerV3ImageEncoder,
+    DreamerV3MLP,
+    ObsDecoder,
+    ObsEncoder,
+    SymExpTwoHot,
+)
 
 from dreamer_isaac.models.rssm import elu, full, linear
 
@@ -34,7 +42,7 @@ class VectorEncoder(nn.Module):
         self.net = DreamerV3MLP(observation, None, depth=layers, num_cells=units)
         self.width = units
 
-    def forward(self, observation: Tensor) -> Tensor:
+    def forward(self, observation: Tensor, pixels: Tensor | None = None) -> Tensor:
         return self.net(symlog(observation).to(next(self.parameters()).dtype))
 
 
@@ -49,13 +57,126 @@ class VectorDecoder(nn.Module):
         return full(self.net(features))
 
     @staticmethod
-    def loss(prediction: Tensor, observation: Tensor) -> Tensor:
+    def loss(prediction: Tensor, observation: Tensor, pixels: Tensor | None = None) -> Tensor:
         """Squared error in symlog space, summed over O: [..., O] -> [...]."""
         return (prediction - symlog(observation)).square().sum(-1)
 
     def decode(self, features: Tensor) -> Tensor:
         """[..., F] -> [..., O] in the observation's own units."""
         return symexp(self(features))
+
+
+# -- pictures ------------------------------------------------------------------------------------
+
+Shape = tuple[int, int, int]
+"""Height, width, channels of a picture."""
+
+
+class ImageEncoder(nn.Module):
+    """[..., H, W, C] uint8 -> [..., E]: four convolutions that halve the picture."""
+
+    def __init__(self, shape: Shape, depth: int):
+        super().__init__()
+        height, width, channels = shape
+        self.net = DreamerV3ImageEncoder(channels, depth)
+        self.width = self.net.output_features((channels, height, width))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.net(unit_interval(pixels, next(self.parameters()).dtype))
+
+
+class ImageDecoder(nn.Module):
+    """[..., F] features -> [..., C, H, W] prediction of the picture in [0, 1] (unbounded)."""
+
+    def __init__(self, features: int, shape: Shape, depth: int, blocks: int):
+        super().__init__()
+        height, width, channels = shape
+        blocks = blocks if features % blocks == 0 else 1
+        self.net = DreamerV3ImageDecoder(
+            features, (channels, height, width), depth, num_blocks=blocks
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return full(self.net(features))
+
+
+class PlainImageEncoder(nn.Module):
+    """The first Dreamer's: [..., 64, 64, C] uint8 -> [..., 32 depth]."""
+
+    def __init__(self, shape: Shape, depth: int):
+        super().__init__()
+        self.net = ObsEncoder(depth, in_channels=shape[2])
+        self.width = 32 * depth
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.net(unit_interval(pixels, next(self.parameters()).dtype) - 0.5)
+
+
+class PlainImageDecoder(nn.Module):
+    """The first Dreamer's: [..., F] features -> [..., C, 64, 64], a picture in [0, 1]."""
+
+    def __init__(self, features: int, shape: Shape, depth: int):
+        super().__init__()
+        self.features = features
+        self.net = ObsDecoder(depth, latent_dim=features, out_channels=shape[2])
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = features[..., : self.features]  # wider, with zeros, in half precision
+        return full(self.net(features[..., :1], features[..., 1:])) + 0.5  # it joins two parts
+
+
+def unit_interval(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., H, W, C] of 0 to 255 -> [..., C, H, W] of 0 to 1."""
+    return pixels.movedim(-1, -3).to(dtype) / 255
+
+
+class MixedEncoder(nn.Module):
+    """Pictures, and the observed vector beside them if there is one."""
+
+    def __init__(self, image: nn.Module, vector: nn.Module | None):
+        super().__init__()
+        self.image, self.vector = image, vector
+        self.width: int = sum(m.width for m in (image, vector) if m is not None)  # type: ignore[misc]
+
+    def forward(self, observation: Tensor, pixels: Tensor) -> Tensor:
+        """[..., O], [..., H, W, C] -> [..., E]."""
+        parts = [self.image(pixels)]
+        if self.vector is not None:
+            parts.append(self.vector(observation))
+        return torch.cat(parts, -1)
+
+
+class MixedDecoder(nn.Module):
+    """The reverse of `MixedEncoder`; a prediction is (picture, vector or None)."""
+
+    def __init__(self, image: nn.Module, vector: nn.Module | None):
+        super().__init__()
+        self.image, self.vector = image, vector
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        vector = None if self.vector is None else self.vector(features)
+        return self.image(features), vector
+
+    def loss(
+        self, prediction: tuple[Tensor, Tensor | None], observation: Tensor, pixels: Tensor
+    ) -> Tensor:
+        """Squared error summed over pixels and channels, and the vector's: [...]."""
+        picture, vector = prediction
+        target = unit_interval(pixels, picture.dtype)
+        loss = (picture - target).square().flatten(-3).sum(-1)
+        if self.vector is not None:
+            loss = loss + self.vector.loss(vector, observation)  # type: ignore[operator]
+        return loss
+
+    def decode(self, features: Tensor) -> Tensor:
+        """[..., F] -> [..., O] in the observation's own units; O may be 0."""
+        if self.vector is None:
+            return features[..., :0]
+        return self.vector.decode(features)  # type: ignore[operator]
+
+    def decode_pixels(self, features: Tensor) -> Tensor:
+        """[..., F] -> [..., H, W, C], float in [0, 1]."""
+        return self.image(features).movedim(-3, -1).clamp(0, 1)
 
 
 class TwoHotHead(nn.Module):
@@ -170,7 +291,7 @@ class PlainEncoder(nn.Module):
         self.net = PlainMLP(observation, units, units, layers)
         self.width = units
 
-    def forward(self, observation: Tensor) -> Tensor:
+    def forward(self, observation: Tensor, pixels: Tensor | None = None) -> Tensor:
         return self.net(observation.to(next(self.parameters()).dtype))
 
 
@@ -185,7 +306,7 @@ class PlainDecoder(nn.Module):
         return full(self.net(features))
 
     @staticmethod
-    def loss(prediction: Tensor, observation: Tensor) -> Tensor:
+    def loss(prediction: Tensor, observation: Tensor, pixels: Tensor | None = None) -> Tensor:
         """Squared error, summed over O: [..., O] -> [...]."""
         return (prediction - observation).square().sum(-1)
 

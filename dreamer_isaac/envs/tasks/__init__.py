@@ -13,6 +13,7 @@ from . import ant, cartpole, humanoid
 
 TASKS = {
     "Isaac-Cartpole-v0": cartpole.env_cfg,
+    "Isaac-Cartpole-RGB-v0": cartpole.rgb_env_cfg,
     "Isaac-Ant-v0": ant.env_cfg,
     "Isaac-Humanoid-v0": humanoid.env_cfg,
 }

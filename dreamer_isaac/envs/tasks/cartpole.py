@@ -28,12 +28,26 @@ from mjlab.managers.observation_manager import ObservationGroupCfg, ObservationT
 from mjlab.managers.reward_manager import RewardTermCfg
 from mjlab.managers.termination_manager import TerminationTermCfg
 from mjlab.scene import SceneCfg
+from mjlab.sensor import CameraSensorCfg
 from mjlab.sim import MujocoCfg, SimulationCfg
 from mjlab.terrains import TerrainEntityCfg
 from mjlab.viewer import ViewerConfig
 from mujoco import MjSpec  # pyright: ignore[reportAttributeAccessIssue]  # compiled, no stubs
 
+from dreamer_isaac.cameras import Pose
+
 from . import mdp
+
+CAMERA = CameraSensorCfg(
+    name="tiled_camera",
+    pos=(-7.0, 0.0, 3.0),
+    quat=Pose((0.0, 0.0, 0.0), (math.cos(0.2094), 0.0, -math.sin(0.2094))).quaternion(),
+    fovy=2 * math.degrees(math.atan(20.955 / 2 / 24.0)),
+    width=64,
+    height=64,
+)
+"""Isaac Lab's, from the scene's origin: pitched down by 2 asin(0.1045) = 12 degrees; aperture
+20.955 mm, focal length 24 mm."""
 
 JOINT_NAMES = ("slider_to_cart", "cart_to_pole")
 """Order of the joint observations."""
@@ -47,6 +61,16 @@ EFFORT_SCALE = 100.0
 
 def _spec() -> MjSpec:
     return MjSpec.from_file(str(Path(__file__).with_name("cartpole.xml")))
+
+
+def rgb_env_cfg(play: bool = False) -> ManagerBasedRlEnvCfg:
+    """`Isaac-Cartpole-RGB-v0`: the same task, seen by a camera. Differences from Isaac Lab:
+    pictures are 64 x 64 (`env.image_size`) instead of 100 x 100, and are observed as they are
+    instead of minus their mean; worlds do not see each other, so they need no distance."""
+    cfg = env_cfg(play)
+    cfg.scene.sensors = (CAMERA,)
+    cfg.scene.env_spacing = 0.0  # the camera stands in the world, not on the cart
+    return cfg
 
 
 def env_cfg(play: bool = False) -> ManagerBasedRlEnvCfg:
