@@ -53,6 +53,13 @@ def _mjlab_id(cfg: Config) -> bool:
     return cfg.env.name.startswith(MJLAB_PREFIX) or bool(cfg.env.import_)
 
 
+def wants_cameras(cfg: Config) -> bool:
+    """Whether rendering has to be enabled before the task is known: where cameras are asked for, or
+    the task's name says that it has some."""
+    named = any(word in cfg.env.name for word in ("RGB", "Camera", "Visuomotor"))
+    return cfg.env.from_pixels == "true" or (cfg.env.from_pixels == "auto" and named)
+
+
 prepared: Any = None
 """The configuration of the Isaac Lab task that `simulator` has launched."""
 
@@ -128,7 +135,7 @@ def _isaaclab_3(cfg: Config, resolver: Resolver | None) -> Iterator[None]:
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
     prepared = task_config(cfg, device)
     _preflight(cfg, resolver, prepared)
-    options = {"headless": True, "device": device, "enable_cameras": cfg.env.from_pixels}
+    options = {"headless": True, "device": device, "enable_cameras": wants_cameras(cfg)}
     try:
         with launch_simulation(prepared, options):
             yield
@@ -141,7 +148,7 @@ def _isaac_sim(cfg: Config, resolver: Resolver | None) -> Iterator[None]:
     global _leave, prepared
     from isaaclab.app import AppLauncher
 
-    options: dict[str, Any] = {"headless": True, "enable_cameras": cfg.env.from_pixels}
+    options: dict[str, Any] = {"headless": True, "enable_cameras": wants_cameras(cfg)}
     if cfg.env.device != "auto":
         options["device"] = cfg.env.device
     arguments, sys.argv = sys.argv, sys.argv[:1]  # it would read and change ours

@@ -91,7 +91,8 @@ class TestContract:
         cfg = compose([
             "env.name=Isaac-Ant-v0", f"env.num_envs={self.ENVS}", "evaluation.num_envs=0",
             "env.device=cpu", "env.action_bound=0.8", "collector.frames_per_batch=60",
-            "env.cfg.episode_length_s=0.5",
+            "env.cfg.episode_length_s=0.5", "env.from_pixels=true", "env.pixels_only=false",
+            "env.image_size=32", "env.cameras=[side,top]",
         ])  # fmt: skip
         with simulator(cfg):
             yield make_env(cfg, "isaaclab", torch.device("cpu"))
@@ -129,6 +130,28 @@ class TestContract:
             ends += int(outcome.done.sum())
         assert ends >= 2 * self.ENVS
         env.check_finite()
+
+    def test_pictures_follow_the_robot_and_are_of_their_own_step(self, env: Any) -> None:
+        torch.manual_seed(1)
+        assert env.info.pixels == (32, 32, 6)
+        pictures = [env.reset().pixels]
+        scene, ended = env.sim.scene, 0
+        for _ in range(40):
+            _, outcome, seen = env.step(2 * torch.rand(self.ENVS, 8) - 1)
+            assert torch.equal(seen.pixels, env.pixels())  # of now, and not rendered before
+            pictures.append(seen.pixels)
+            ended += int(outcome.done.sum())
+            root = scene.articulations["robot"].data.root_pos_w
+            root = root if isinstance(root, torch.Tensor) else root.torch
+            for name, away in (("side", (0.0, -3.0, 1.0)), ("top", (0.0, 0.0, 4.0))):
+                at = scene.sensors[f"camera_{name}"].data.pos_w
+                at = at if isinstance(at, torch.Tensor) else at.torch
+                expected = root + torch.tensor(away)
+                torch.testing.assert_close(at, expected, atol=1e-3, rtol=0)
+        assert ended >= self.ENVS
+        film = torch.stack(pictures)
+        assert (film[1:] != film[:-1]).flatten(2).any(2).float().mean() > 0.9
+        assert (film[:, 0] != film[:, 1]).any()
 
     def test_a_second_simulation_is_refused(self, env: Any) -> None:
         from dreamer_isaac.envs import make_env

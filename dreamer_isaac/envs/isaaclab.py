@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dreamer_isaac.config import Config, ConfigError
 from dreamer_isaac.envs.contract import EnvInfo, SimEnv
+from dreamer_isaac.envs.isaaclab_cameras import Cameras, add_cameras
 from dreamer_isaac.envs.paths import import_tasks, set_paths
 
 ENTRY = "env_cfg_entry_point"
@@ -81,6 +82,7 @@ def task_config(cfg: Config, device: str) -> Any:
         raise ConfigError([f"env.physics={physics}: this version of Isaac Lab has one engine. "
                            "Remedy: env.physics=auto."])  # fmt: skip
     task.scene.num_envs, task.seed, task.sim.device = cfg.env.num_envs, cfg.env.seed, device
+    task.dreamer_isaac_cameras = add_cameras(task, cfg.env)
     set_paths(task, cfg.env.cfg)
     return task
 
@@ -103,29 +105,48 @@ def make_isaaclab(cfg: Config, device: torch.device, task: Any) -> SimEnv:
                            "simulation a process. Remedy: another process."])  # fmt: skip
     name = task_id(cfg.env.name, load_tasks(cfg.env.import_))
     _running.append(name)
+    cameras = task.__dict__.pop("dreamer_isaac_cameras", {})
     gym_env = gymnasium.make(name, cfg=task)
     env = IsaacLabWrapper(gym_env, device=device, native_autoreset=True)
-    return IsaacLabEnv(env, gym_env.unwrapped, name, cfg.env.action_bound)
+    reader = Cameras(gym_env.unwrapped, cameras) if cameras else None
+    return IsaacLabEnv(
+        env, gym_env.unwrapped, name, cfg.env.action_bound, reader, cfg.env.pixels_only
+    )
 
 
 class IsaacLabEnv(SimEnv):
     """An Isaac Lab task under the contract. Isaac Lab resets finished envs inside `step`."""
 
-    def __init__(self, env: Any, sim: Any, name: str, bound: float):
+    def __init__(
+        self, env: Any, sim: Any, name: str, bound: float, cameras: Cameras | None = None,
+        pixels_only: bool = True,
+    ):  # fmt: skip
         self.sim = sim
         """Isaac Lab's own ManagerBasedRLEnv or DirectRLEnv."""
+        self.cameras = cameras
         keys = set(env.observation_spec.keys())
         key = "policy" if "policy" in keys else "observation"
-        width = env.observation_spec[key].shape[-1]
+        shape = env.observation_spec[key].shape
+        width = 0 if cameras and (pixels_only or len(shape) > 2) else shape[-1]
+        if width and len(shape) > 2:
+            raise ConfigError([f"{name} observes arrays of {list(shape[1:])}. Remedy: env.from_"
+                               "pixels=true, which reads its cameras."])  # fmt: skip
         action = env.action_spec.shape[-1]
         info = EnvInfo(
             task=name, backend="isaaclab", num_envs=int(sim.num_envs), observation=width,
             action=action, step_dt=float(sim.step_dt),
             max_episode_length=int(sim.max_episode_length),
-            observation_names=observation_names(sim, key, width),
+            observation_names=observation_names(sim, key, width) if width else [],
             action_names=action_names(sim, action),
         )  # fmt: skip
         super().__init__(env, info, key, bound)
+        if cameras:
+            sim.reset()  # a camera has pictures after that
+            height, wide, channels = cameras.read().shape[1:]
+            info.pixels = (height, wide, channels)
+
+    def pixels(self) -> Tensor | None:
+        return self.cameras.read() if self.cameras else None
 
     def reward_terms(self) -> tuple[list[str], Tensor]:
         manager = getattr(self.sim, "reward_manager", None)
