@@ -84,7 +84,7 @@ pip_install() {
 }
 
 base=("$here/requirements.lock" "$here/pyproject.toml")
-dev=("${base[@]}" "$here/requirements-dev.lock")
+dev=("${base[@]}" "$here/requirements-dev.lock" "$here/requirements-isaaclab.lock")
 network="It needs the Python package index (a network, or pip's settings for a proxy or mirror) and 10 GB of disk."
 if ! installed run "${base[@]}" || { [ $mode = test ] && ! installed dev "${dev[@]}"; }; then
   exec 9>"$here/.venv.lock" || die "cannot write in $here."
@@ -101,6 +101,10 @@ if ! installed run "${base[@]}" || { [ $mode = test ] && ! installed dev "${dev[
   fi
   if [ $mode = test ] && ! installed dev "${dev[@]}"; then
     step "Installing test tools" "$network" pip_install -r "$here/requirements-dev.lock"
+    rm -rf "$venv/isaaclab-2.3.2" # its wheel says Python 3.11; its configuration classes take any
+    step "Installing Isaac Lab's configuration classes for the tests" "$network" pip_install \
+      --no-deps --python-version 3.11 --only-binary=:all: --target "$venv/isaaclab-2.3.2" \
+      -r "$here/requirements-isaaclab.lock"
     stamp dev "${dev[@]}"
   fi
   exec 9>&-

@@ -112,9 +112,13 @@ def _preflight(cfg: Config, resolver: Resolver | None, task: Any) -> None:
         return
     from isaaclab.utils import assets as isaaclab_assets
 
+    from dreamer_isaac.envs.isaaclab import entry_point
+
     own = parse(f"{isaaclab_assets.NUCLEUS_ASSET_ROOT_DIR}/Isaac")
     named = assets_of(task)
-    result = resolver.preflight(with_run_time(named, own.release) if own else named)
+    if own:
+        named = with_run_time(named, own.release, entry_point(cfg))
+    result = resolver.preflight(named)
     text = result.describe(resolver.mirror.root)
     if result.missing and cfg.assets.strict:
         raise ConfigError([text])

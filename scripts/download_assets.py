@@ -69,10 +69,11 @@ def task_assets(task: str, release: str) -> list[Asset]:
     if not isaaclab_available():
         raise DownloadError("--task reads the task's configuration and needs Isaac Lab. Remedy: "
                             "Isaac Lab's Python, or --categories.")  # fmt: skip
-    from dreamer_isaac.envs.isaaclab import task_config
+    from dreamer_isaac.envs.isaaclab import entry_point, task_config
 
-    named = assets_of(task_config(compose([f"env.name={task}"]), "cpu"))
-    return sorted(a for a in with_run_time(named, release) if a.release == release)
+    cfg = compose([f"env.name={task}"])
+    named = with_run_time(assets_of(task_config(cfg, "cpu")), release, entry_point(cfg))
+    return sorted(a for a in named if a.release == release)
 
 
 def main() -> int:

@@ -355,17 +355,25 @@ class Downloader:
             return self.mirror.place(remote.asset), False, remote.size
         return self.fetch(remote), True, remote.size
 
+    def _folder(self, asset: Asset) -> list[Remote] | None:
+        """The files of a folder, where the server lists it; names with a suffix are files."""
+        return None if Path(asset.path).suffix else self.list(f"{asset.path}/")
+
     def _note(
         self, report: Report, asset: Asset, by: str, future: Future[Any], follow: bool,
         add: Callable[[Asset, str], None],
     ) -> None:  # fmt: skip
         try:
             path, fetched, size = future.result()
+            parts = None if path or asset in self._tiles else self._folder(asset)
         except (DownloadError, UnsafePath, OSError) as e:
             report.failed[asset] = _short(e)
             return
         if path is None:
-            if not comes_with_the_renderer(asset.path) and asset not in self._tiles:
+            for remote in parts or []:  # whose names the task's code puts together
+                add(remote, asset.path)
+            known = comes_with_the_renderer(asset.path) or asset in self._tiles
+            if not parts and not known:
                 report.missing[asset] = by
             return
         (report.fetched if fetched else report.kept).append(asset)

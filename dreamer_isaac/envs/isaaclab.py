@@ -55,6 +55,13 @@ def task_id(name: str, known: list[str]) -> str:
     raise ConfigError([f"env.name={name!r} is no task of Isaac Lab. Known: {', '.join(near)}."])
 
 
+def entry_point(cfg: Config) -> Any:
+    """What the registry makes the task's environment from."""
+    import gymnasium
+
+    return gymnasium.spec(task_id(cfg.env.name, load_tasks(cfg.env.import_))).entry_point
+
+
 def task_config(cfg: Config, device: str) -> Any:
     """The task's own configuration with `env.num_envs`, `env.seed`, the device, the physics engine
     and `env.cfg` applied.

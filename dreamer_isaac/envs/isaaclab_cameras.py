@@ -50,7 +50,7 @@ def add_cameras(task: Any, env: EnvConfig) -> dict[str, Pose | None]:
             for key, value in renderer().items():
                 setattr(camera, key, value)
         return dict.fromkeys(own)
-    robot = getattr(scene, "robot", None) or getattr(task, "robot_cfg", None)
+    robot = robot_of(task)
     if robot is None:
         raise ConfigError(["env.from_pixels: this task's scene has no robot to look at."])
     wanted = wanted or {"side": POSES["side"]}
@@ -59,6 +59,16 @@ def add_cameras(task: Any, env: EnvConfig) -> dict[str, Pose | None]:
         setattr(scene, f"camera_{name}", camera_cfg(name, pose, root, env.image_size))
     scene.env_spacing = max(scene.env_spacing, SPACING)
     return {f"camera_{name}": pose for name, pose in wanted.items()}
+
+
+def robot_of(task: Any) -> Any:
+    """The configuration of what a task moves: in its scene, or, in Direct tasks, beside it. The one
+    that is called robot, or the first."""
+    parts = {**vars(task), **vars(task.scene)}
+    robots = {k: v for k, v in parts.items()
+              if any(c.__name__ == "ArticulationCfg" for c in type(v).__mro__)}  # fmt: skip
+    names = [k for k in ("robot", "robot_cfg") if k in robots] or list(robots)
+    return robots[names[0]] if names else None
 
 
 def camera_cfg(name: str, pose: Pose, root: tuple[float, float, float], size: int) -> Any:
