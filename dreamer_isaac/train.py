@@ -217,7 +217,7 @@ class Run:
             CheckpointError: it could not be written; older ones are intact.
         """
         self.learner.check_finite()
-        exact = self.cfg.checkpoint.exact
+        exact, curriculum = self.cfg.checkpoint.exact, self.env.curriculum_state()
         parts: dict[str, Any] = {
             "networks": self.agent.state_dict(), "learner": self.learner.state_dict(),
         }  # fmt: skip
@@ -226,6 +226,8 @@ class Run:
                 "collector": self.collector.state_dict(exact=True),
                 "credit": self.limiter.credit,
             }
+        if curriculum:
+            parts["curriculum"] = curriculum
         if exact or self.cfg.checkpoint.replay:
             parts["replay"] = self.replay.state_dict()
         info = self.env.info
@@ -244,7 +246,9 @@ class Run:
         Raises:
             CheckpointError, ConfigError: nothing has been changed then.
         """
-        parts = ["networks", "learner", "replay"] + (["exact"] if self.cfg.checkpoint.exact else [])
+        parts = ["networks", "learner", "replay", "curriculum"] + (
+            ["exact"] if self.cfg.checkpoint.exact else []
+        )
         state = checkpoint.load(found, parts, self.device)
         self._check_same_run(state["meta"]["config"])
         if self.cfg.checkpoint.exact and "exact" not in state:
@@ -260,6 +264,7 @@ class Run:
         self.collector.publish(self.learner.updates)
         if "replay" in state:
             self.replay.load_state_dict(state["replay"])
+        self.env.load_curriculum_state(state.get("curriculum", {}))
         if "exact" in state:
             self.collector.load_state_dict(state["exact"]["collector"])
             self.limiter.credit = state["exact"]["credit"]
@@ -423,6 +428,7 @@ class Meter:
         row: dict[str, float] = {
             "frames": run.frames, "updates": run.learner.updates, "episodes": run.episodes,
             **stats, **dict(zip(names, values, strict=True)),
+            **{f"curriculum/{k}": v for k, v in run.env.curriculum().items()},
             "replay_ratio": updates * run.cfg.replay_buffer.batch_size / max(frames, 1),
             "time/seconds": self.elapsed(), "time/fps": frames / seconds,
             "time/updates_per_second": updates / seconds,

@@ -7,6 +7,8 @@ reward[t+1], terminated[t+1], truncated[t+1] what action[t] led to, stored with 
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from conftest import check_that_nothing_changes_later
 
 from dreamer_isaac.collect import EpisodeStats, Setup, Sync
 from dreamer_isaac.config import AlgoConfig, ModelConfig
+from dreamer_isaac.envs import curriculum
 from dreamer_isaac.envs.contract import ObservationError, SimEnv
 from dreamer_isaac.envs.toy import DT, LENGTH, LIMIT, ToyEnv
 from dreamer_isaac.models import Agent
@@ -168,3 +171,34 @@ def test_nan_from_the_simulator_is_an_error_and_is_not_recorded(
 def test_a_simulator_without_restorable_state_says_so() -> None:
     with pytest.raises(NotImplementedError, match=r"checkpoint\.exact=false"):
         SimEnv(ToyEnv(2, 0).env, ToyEnv(2, 0).info, "policy", 1.0).state_dict()
+
+
+def test_the_curriculum_is_logged_saved_and_restored(tmp_path: Path) -> None:
+    """On an object with the parts of mjlab's and Isaac Lab's environments that it concerns."""
+
+    class Sim(SimpleNamespace):
+        def __init__(self, state: dict[str, Any]) -> None:
+            super().__init__(
+                curriculum_manager=SimpleNamespace(_curriculum_state=state),
+                common_step_counter=0, scene=SimpleNamespace(terrain=SimpleNamespace(
+                    terrain_levels=torch.zeros(3, dtype=torch.long),
+                    terrain_types=torch.tensor([1, 0, 1]), env_origins=torch.zeros(3, 3),
+                    terrain_origins=torch.arange(4 * 2 * 3.0).reshape(4, 2, 3),
+                )),
+            )  # fmt: skip
+
+    reported = {"terrain": {"mean": torch.tensor(1.5), "max": 3}, "weight": 0.25, "none": None}
+    sim = Sim(reported)
+    assert curriculum.levels(sim) == {"terrain/mean": 1.5, "terrain/max": 3.0, "weight": 0.25}
+    sim.common_step_counter = 77
+    sim.scene.terrain.terrain_levels[:] = torch.tensor([3, 0, 2])
+    torch.save(curriculum.state(sim), tmp_path / "state.pt")
+    other = Sim(reported)
+    curriculum.restore(other, torch.load(tmp_path / "state.pt", weights_only=True))
+    assert other.common_step_counter == 77
+    assert other.scene.terrain.terrain_levels.tolist() == [3, 0, 2]
+    assert other.scene.terrain.env_origins[:, 0].tolist() == [21.0, 0.0, 15.0]
+    assert curriculum.state(Sim({})) == {}
+    untouched = Sim(reported)
+    curriculum.restore(untouched, {})
+    assert untouched.common_step_counter == 0

@@ -361,7 +361,7 @@ class Downloader:
 
     def _note(
         self, report: Report, asset: Asset, by: str, future: Future[Any], follow: bool,
-        add: Callable[[Asset, str], None],
+        add: Callable[[Remote | Asset, str], None],
     ) -> None:  # fmt: skip
         try:
             path, fetched, size = future.result()

@@ -167,6 +167,17 @@ class SimEnv:
         Without names where the simulator does not tell."""
         return [], torch.zeros(self.info.num_envs, 0, device=self.device)
 
+    def curriculum(self) -> dict[str, float]:
+        """Levels of the task's curriculum by name, as it reports them; waits for the device."""
+        return {}
+
+    def curriculum_state(self) -> dict[str, Any]:
+        """What makes the next episodes as difficult as they would be now."""
+        return {}
+
+    def load_curriculum_state(self, state: dict[str, Any]) -> None:
+        """Restore `curriculum_state`, before the next reset."""
+
     def render(self) -> Any:
         """One RGB frame [height, width, 3] uint8 of env 0, or None where there is no renderer."""
         return None

@@ -73,7 +73,8 @@ def robot_of(task: Any) -> Any:
 
 def camera_cfg(name: str, pose: Pose, root: tuple[float, float, float], size: int) -> Any:
     """A camera `pose` away from where the robot's root is at first."""
-    from isaaclab import sensors, sim
+    import isaaclab.sensors as sensors
+    import isaaclab.sim as sim
 
     w, x, y, z = pose.quaternion()
     three = is_3()
