@@ -15,9 +15,10 @@ import os
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = 1
 """Raised when the contents change so that older ones cannot be read."""
@@ -25,6 +26,14 @@ FORMAT = 1
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used; nothing of it has been loaded."""
+
+
+def _torch() -> Any:
+    """Imported when something is saved or loaded: finding a checkpoint and reading what it is must
+    be possible before a simulator that insists on coming first."""
+    import torch
+
+    return torch
 
 
 def _sync(path: Path) -> None:
@@ -70,7 +79,7 @@ class Checkpoints:
             files = {}
             for part, state in parts.items():
                 path = partial / f"{part}.pt"
-                torch.save(state, path)
+                _torch().save(state, path)
                 _sync(path)
                 files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc(path)}
             meta = meta | {"format": FORMAT, "frames": frames, "files": files}
@@ -181,7 +190,7 @@ def load(folder: Path, parts: list[str], device: torch.device) -> dict[str, Any]
             continue
         try:
             # Exact state holds numpy's and Python's generator states, which are no tensors.
-            out[part] = torch.load(path, map_location=device, weights_only=part != "exact")
+            out[part] = _torch().load(path, map_location=device, weights_only=part != "exact")
         except Exception as e:  # unpickling can raise anything
             raise CheckpointError(f"{path} cannot be read: {e}") from e
     return out

@@ -142,6 +142,7 @@ def run(argv: list[str]) -> int:
 
     from dreamer_isaac.launch import leave, simulator
 
+    as_trained(cfg)
     try:
         with simulator(cfg):
             from dreamer_isaac.main import main  # the first import of torch
@@ -151,6 +152,22 @@ def run(argv: list[str]) -> int:
         print(f"error: {e}", file=sys.stderr)
         code = 2
     return leave(code)
+
+
+def as_trained(cfg: Config) -> None:
+    """Evaluation: what the trained policy sees, and how far it acts, is as it was trained. Known
+    before the simulator starts, which needs to know of cameras."""
+    from dreamer_isaac import checkpoint
+
+    if cfg.mode != "evaluate" or cfg.evaluation.policy != "trained":
+        return
+    try:
+        saved = checkpoint.read_meta(checkpoint.find(cfg.checkpoint.path))["config"]["env"]
+    except checkpoint.CheckpointError:
+        return  # it is looked for again, and complained about, where the log is open
+    for name in ("action_bound", "from_pixels", "pixels_only", "image_size", "cameras"):
+        if name in saved:
+            setattr(cfg.env, name, saved[name])
 
 
 def dump(raw: dict[str, Any]) -> str:

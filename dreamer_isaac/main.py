@@ -215,7 +215,7 @@ def evaluate_run(cfg: Config, folder: Path, console: Console) -> int:
         state = checkpoint.load(found, ["networks"], device)
         saved = build(state["meta"]["config"])
         cfg.model, cfg.algo = saved.model, saved.algo
-        cfg.env.action_bound = saved.env.action_bound
+        cli.as_trained(cfg)
         console.say(f"checkpoint: {found}")
     seed_everything(cfg.env.seed)
     (folder / "config.yaml").write_text(cli.dump(to_dict(cfg)))
@@ -223,12 +223,18 @@ def evaluate_run(cfg: Config, folder: Path, console: Console) -> int:
     agent = make_agent(cfg, env, device)
     if state is not None:
         names = state["meta"]["task"]
-        for kind in ("observation_names", "action_names"):
-            if names[kind] != getattr(env.info, kind):
+        wanted = names["observation_names"], names["action_names"]
+        if wanted != (env.info.observation_names, env.info.action_names):
+            try:
+                env.bind(*wanted)
+            except ValueError as e:
                 raise checkpoint.CheckpointError(
-                    f"the checkpoint is for {names['task']} ({len(names[kind])} {kind}), this task "
-                    f"is {env.info.task} ({len(getattr(env.info, kind))}) with other names or order"
-                )
+                    f"the checkpoint is for {names['task']} ({len(wanted[0])} observations, "
+                    f"{len(wanted[1])} actions), this task is {env.info.task} "
+                    f"({env.info.observation}, {env.info.action}): {e}"
+                ) from None
+            console.say("observations and actions are in another order here; they are matched by "
+                        "name")  # fmt: skip
         if list(names.get("pixels", [])) != list(env.info.pixels or []):
             raise checkpoint.CheckpointError(
                 f"the checkpoint's policy sees pictures of {names.get('pixels') or 'nothing'}, "

@@ -202,3 +202,39 @@ def test_the_curriculum_is_logged_saved_and_restored(tmp_path: Path) -> None:
     untouched = Sim(reported)
     curriculum.restore(untouched, {})
     assert untouched.common_step_counter == 0
+
+
+def test_observations_and_actions_are_matched_by_name() -> None:
+    """Isaac Lab's engines order the ant's joints differently; the rest is the same."""
+    plain, bound = ToyEnv(5, 3), ToyEnv(5, 3)
+    bound.bind(["clock", "position", "velocity"], ["push"])
+    places = [2, 0, 1]
+    assert torch.equal(bound.reset().obs, plain.reset().obs[:, places])
+    for t in range(50):
+        action = torch.full((5, 1), (-1.0) ** (t // 3))
+        executed, outcome, seen = bound.step(action)
+        _, expected, original = plain.step(action)
+        assert torch.equal(seen.obs, original.obs[:, places])
+        assert torch.equal(outcome.reward, expected.reward) and torch.equal(executed, action)
+    with pytest.raises(ValueError, match="other names: clock, time"):
+        ToyEnv(2, 0).bind(["time", "position", "velocity"], ["push"])
+
+
+def test_actions_reach_the_joints_that_they_are_named_after() -> None:
+    class Two(ToyEnv):
+        """Two actions, of which the second pushes."""
+
+        def __init__(self) -> None:
+            super().__init__(3, 0)
+            self.info.action, self.info.action_names = 2, ["idle", "push"]
+            inner = self.env._step
+            self.env._step = lambda td: inner(td.set("action", td["action"][:, 1:]))  # type: ignore
+            self.env.action_spec = type(self.env.action_spec)(-9, 9, torch.Size([3, 2]))
+
+    one, other = Two(), Two()
+    other.bind(one.info.observation_names, ["push", "idle"])
+    one.reset(), other.reset()
+    _, _, first = one.step(torch.tensor([[0.0, 0.7]] * 3))
+    executed, _, second = other.step(torch.tensor([[0.7, 0.0]] * 3))
+    assert torch.equal(first.obs, second.obs)
+    assert executed[0].tolist() == pytest.approx([0.7, 0.0])  # in the order that was asked for

@@ -101,6 +101,8 @@ class SimEnv:
         self.env, self.info, self.key, self.action_bound = env, info, key, action_bound
         self._td: TensorDictBase | None = None
         self._finite = torch.ones((), dtype=torch.bool, device=env.device)
+        self._observed: Tensor | None = None
+        self._acted: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +124,8 @@ class SimEnv:
         """
         assert self._td is not None, "reset() comes first"
         executed = action.clamp(-self.action_bound, self.action_bound)
-        self._td.set("action", executed.clone())
+        own = executed if self._acted is None else executed[:, self._acted]
+        self._td.set("action", own.clone())
         result, self._td = self.env.step_and_maybe_reset(self._td)
         after = result["next"]
         outcome = Outcome(
@@ -138,6 +141,8 @@ class SimEnv:
         if not self.info.observation:
             return torch.zeros(self.info.num_envs, 0, device=self.device)
         obs: Tensor = td.get(self.key)
+        if self._observed is not None:
+            obs = obs[:, self._observed]
         return obs.to(torch.float32, copy=True)
 
     def pixels(self) -> Tensor | None:
@@ -202,3 +207,21 @@ class SimEnv:
     def close(self) -> None:
         """End the simulation."""
         self.env.close()
+
+    def bind(self, observation_names: list[str], action_names: list[str]) -> None:
+        """From now on observe and act in this order: simulators order joints differently.
+
+        Raises:
+            ValueError: these are not this task's names.
+        """
+        info = self.info
+        for mine, wanted in ((info.observation_names, observation_names),
+                             (info.action_names, action_names)):  # fmt: skip
+            if sorted(mine) != sorted(wanted) or len(set(mine)) != len(mine):
+                odd = sorted(set(mine) ^ set(wanted))[:4]
+                raise ValueError(f"other names: {', '.join(odd) or 'some are there twice'}")
+        places = [info.observation_names.index(n) for n in observation_names]
+        self._observed = torch.tensor(places, device=self.device)
+        places = [action_names.index(n) for n in info.action_names]
+        self._acted = torch.tensor(places, device=self.device)
+        info.observation_names, info.action_names = list(observation_names), list(action_names)
