@@ -162,12 +162,11 @@ def as_trained(cfg: Config) -> None:
     if cfg.mode != "evaluate" or cfg.evaluation.policy != "trained":
         return
     try:
-        saved = checkpoint.read_meta(checkpoint.find(cfg.checkpoint.path))["config"]["env"]
-    except checkpoint.CheckpointError:
+        saved = build(checkpoint.read_meta(checkpoint.find(cfg.checkpoint.path))["config"]).env
+    except (checkpoint.CheckpointError, ConfigError):
         return  # it is looked for again, and complained about, where the log is open
     for name in ("action_bound", "from_pixels", "pixels_only", "image_size", "cameras"):
-        if name in saved:
-            setattr(cfg.env, name, saved[name])
+        setattr(cfg.env, name, getattr(saved, name))
 
 
 def dump(raw: dict[str, Any]) -> str:
