@@ -8,7 +8,8 @@ Usage: bash setup-and-run.sh [--build-only | --test | --help] [arguments]
 
   (nothing)            install, then train the default task
   key=value ...        the same with Hydra overrides
-  -- --cfg job ...     the same with Hydra's own flags
+  --offline ...        the same with Isaac Lab's assets from a local mirror
+  -- --cfg ...         the same with options of dreamer_isaac.py
   --build-only         install and stop
   --test [arguments]   install and run the tests; arguments go to pytest
 
@@ -25,7 +26,7 @@ case "${1:-}" in
   --test) mode="test"; shift ;;
   --help | -h) usage; exit 0 ;;
   --) shift ;;
-  *) for arg; do case "$arg" in -*) misuse "unknown flag: $arg" ;; esac; done ;;
+  *) for arg; do case "$arg" in --offline) ;; -*) misuse "unknown flag: $arg" ;; esac; done ;;
 esac
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)"

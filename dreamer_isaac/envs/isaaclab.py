@@ -7,8 +7,11 @@ Sim, which must come before torch; 3.x: nothing, or Kit where the task's physics
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Callable
+import io
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -114,12 +117,29 @@ def make_isaaclab(cfg: Config, device: torch.device, task: Any) -> SimEnv:
     name = task_id(cfg.env.name, load_tasks(cfg.env.import_))
     _running.append(name)
     cameras = task.__dict__.pop("dreamer_isaac_cameras", {})
-    gym_env = gymnasium.make(name, cfg=task)
+    with _quiet():
+        gym_env = gymnasium.make(name, cfg=task)
     env = IsaacLabWrapper(gym_env, device=device, native_autoreset=True)
     reader = Cameras(gym_env.unwrapped, cameras) if cameras else None
     return IsaacLabEnv(
         env, gym_env.unwrapped, name, cfg.env.action_bound, reader, cfg.env.pixels_only
     )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Isaac Lab prints a table for every manager: shown when something goes wrong, or to a user who
+    sets ISAACLAB_VERBOSE."""
+    if os.environ.get("ISAACLAB_VERBOSE"):
+        yield
+        return
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            yield
+    except BaseException:
+        print(said.getvalue())
+        raise
 
 
 class IsaacLabEnv(SimEnv):
