@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 EMBEDDED_TASKS = (
-    "Isaac-Cartpole-v0", "Isaac-Cartpole-RGB-v0", "Isaac-Ant-v0", "Isaac-Humanoid-v0",
+    "Isaac-Cartpole-v0", "Isaac-Cartpole-RGB-v0", "Isaac-Cartpole-Direct-v0", "Isaac-Ant-v0",
+    "Isaac-Ant-Direct-v0", "Isaac-Humanoid-v0", "Isaac-Humanoid-Direct-v0",
 )  # fmt: skip
 """Isaac Lab task ids that the embedded simulator ports (`dreamer_isaac/envs/tasks`)."""
 

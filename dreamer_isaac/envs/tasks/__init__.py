@@ -9,13 +9,16 @@ from __future__ import annotations
 from mjlab.rl import RslRlOnPolicyRunnerCfg
 from mjlab.tasks.registry import list_tasks, register_mjlab_task
 
-from . import ant, cartpole, humanoid
+from . import ant, cartpole, direct, humanoid
 
 TASKS = {
     "Isaac-Cartpole-v0": cartpole.env_cfg,
     "Isaac-Cartpole-RGB-v0": cartpole.rgb_env_cfg,
     "Isaac-Ant-v0": ant.env_cfg,
     "Isaac-Humanoid-v0": humanoid.env_cfg,
+    "Isaac-Cartpole-Direct-v0": direct.cartpole_cfg,
+    "Isaac-Ant-Direct-v0": direct.ant_cfg,
+    "Isaac-Humanoid-Direct-v0": direct.humanoid_cfg,
 }
 
 
