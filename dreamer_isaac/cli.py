@@ -7,6 +7,7 @@ below `env.cfg` and `env.cameras`.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ USAGE = """usage: python dreamer_isaac.py [--offline] [--cfg] [--help] [key=valu
   experiment=NAME                 a file of conf/experiment
   run.dir=FOLDER                  results go there; the same command again resumes
   mode=evaluate checkpoint=RUN    deterministic episodes of a trained policy
+  mode=export checkpoint=RUN      its policy as ONNX and TorchScript
   --offline                       Isaac Lab's assets from a local mirror (assets.offline=true)
   --cfg                           print the configuration and stop
 
@@ -111,7 +113,7 @@ def _quoted(value: str) -> str:
 
 def default_run_dir(cfg: Config) -> str:
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    label = cfg.env.name if cfg.mode == "train" else f"{cfg.env.name}-evaluate"
+    label = cfg.env.name if cfg.mode == "train" else f"{cfg.env.name}-{cfg.mode}"
     return str(Path("runs") / label / now)
 
 
@@ -144,7 +146,7 @@ def run(argv: list[str]) -> int:
 
     as_trained(cfg)
     try:
-        with simulator(cfg):
+        with simulator(cfg) if cfg.mode != "export" else contextlib.nullcontext():
             from dreamer_isaac.main import main  # the first import of torch
 
             code = main(cfg)

@@ -264,7 +264,8 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     path: str = ""
-    """`mode=evaluate`: a run folder, or one checkpoint in it. `checkpoint=X` is short for it."""
+    """`mode=evaluate`, `mode=export`: a run folder, or one checkpoint in it. `checkpoint=X` is
+    short for it."""
     interval_frames: int = 100_000
     """Frames between two checkpoints."""
     keep: int = 3
@@ -329,7 +330,7 @@ class RunConfig:
 class Config:
     """The whole configuration."""
 
-    mode: Literal["train", "evaluate"] = "train"
+    mode: Literal["train", "evaluate", "export"] = "train"
     env: EnvConfig = field(default_factory=EnvConfig)
     collector: CollectorConfig = field(default_factory=CollectorConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
@@ -539,10 +540,12 @@ def contradictions(cfg: Config) -> list[str]:
          "threads meet at other moments in every run.")  # fmt: skip
     if cfg.mode == "train":
         out += _training_contradictions(cfg)
-        need(not ck.path, f"checkpoint={ck.path} is read by mode=evaluate only; to "
+        need(not ck.path, f"checkpoint={ck.path} is read by mode=evaluate and mode=export; to "
              "resume a run set run.dir=<its folder>, to start from its weights "
              "checkpoint.init_from=<its folder>.")  # fmt: skip
         need(ev.policy == "trained", f"evaluation.policy={ev.policy} needs mode=evaluate.")
+    elif cfg.mode == "export":
+        need(bool(ck.path), "mode=export needs checkpoint=<run folder or checkpoint>.")
     elif ev.policy == "trained":
         need(bool(ck.path), "mode=evaluate needs checkpoint=<run folder or checkpoint>, or "
              "evaluation.policy=random | zero for a baseline.")  # fmt: skip

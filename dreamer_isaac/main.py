@@ -41,6 +41,8 @@ def main(cfg: Config) -> int:
             from dreamer_isaac.train import train
 
             return train(cfg, folder, console)
+        if cfg.mode == "export":
+            return export_run(cfg, folder, console)
         return evaluate_run(cfg, folder, console)
     except ConfigError as e:
         console.say(f"error: {e}")
@@ -204,6 +206,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     temporary.replace(path)
+
+
+def export_run(cfg: Config, folder: Path, console: Console) -> int:
+    """`mode=export`: the policy of a checkpoint in files that run without this package."""
+    from dreamer_isaac import export
+
+    agent, meta, bound = export.load(cfg)
+    for kind, path in export.write(agent, meta, bound, folder).items():
+        console.say(f"{kind}: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
+    console.say("python scripts/run_policy.py <one of them> plays it")
+    return 0
 
 
 def evaluate_run(cfg: Config, folder: Path, console: Console) -> int:

@@ -236,7 +236,7 @@ class Run:
             "episodes": self.episodes, "seconds": self.seconds, "exact": exact,
             "task": {"task": info.task, "backend": info.backend,
                      "observation_names": info.observation_names,
-                     "action_names": info.action_names,
+                     "action_names": info.action_names, "step_dt": info.step_dt,
                      "pixels": list(info.pixels or [])},
         })  # fmt: skip
 

@@ -10,7 +10,7 @@ LAYERS = [
     {"config", "cameras"},
     {"assets", "compiling", "profiling", "envs", "models", "replay", "checkpoint", "logger"}
     | {"optim", "launch"},
-    {"learner", "learner_v1", "collect", "evaluate"},
+    {"learner", "learner_v1", "collect", "evaluate", "export"},
     {"main", "train", "cli"},
 ]
 # cli composes the configuration (bottom) and starts main (top), which dumps the configuration.
