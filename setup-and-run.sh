@@ -113,6 +113,6 @@ fi
 
 case $mode in
   build) echo "Installed in $venv" ;;
-  test) cd "$here" && exec "$venv/bin/python" -m pytest -q "$@" ;;
+  test) cd "$here" && exec "$venv/bin/python" -m pytest -q -n 2 --dist loadfile "$@" ;;
   train) exec "$venv/bin/python" "$here/dreamer_isaac.py" "$@" ;;
 esac

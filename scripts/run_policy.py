@@ -34,7 +34,8 @@ class Onnx:
     def __call__(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         # A task without a vector has no input for it either.
         wanted = {i.name for i in self.session.get_inputs()}
-        return list(self.session.run(None, {k: v for k, v in inputs.items() if k in wanted}))
+        out = self.session.run(None, {k: v for k, v in inputs.items() if k in wanted})
+        return [np.asarray(x) for x in out]
 
 
 class TorchScript:

@@ -135,11 +135,15 @@ def test_the_command_and_its_policy_on_a_simulator(
     done = program("mode=export", f"checkpoint={run}", f"run.dir={tmp_path / 'out'}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "policy.onnx" in done.stdout and "policy.pt" in done.stdout
-    code = ("import sys, runpy; sys.argv = sys.argv[1:]\n"
-            "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-            "except SystemExit as e: assert not e.code, e.code\n"
-            "bad = [m for m in sys.modules if m in ('dreamer_isaac.models', 'dreamer_isaac.train',"
-            " 'dreamer_isaac.learner', 'dreamer_isaac.checkpoint')]; assert not bad, bad")  # fmt: skip
+    code = """import sys, runpy
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as e:
+    assert not e.code, e.code
+bad = {"dreamer_isaac." + m for m in ("models", "train", "learner")} & set(sys.modules)
+assert not bad, bad
+"""
     results = []
     for kind in ("onnx", "pt"):
         played = subprocess.run(
