@@ -57,6 +57,11 @@ POSES = {
 """By name, for a robot of about a metre."""
 
 
+def has_its_own(task: str) -> bool:
+    """Whether a task's id says that it has cameras, as Isaac Lab's do."""
+    return any(word in task for word in ("RGB", "Camera", "Visuomotor"))
+
+
 def poses(cameras: dict[str, Any]) -> dict[str, Pose]:
     """`env.cameras` as poses.
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dreamer_isaac.cameras import has_its_own
 from dreamer_isaac.config import Config, ConfigError, build, known_paths, to_dict, unknown_key
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -52,7 +53,7 @@ def compose(overrides: list[str]) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    overrides = _checked_overrides(overrides)
+    overrides = [*_for_cameras(overrides), *_checked_overrides(overrides)]
     ConfigStore.instance().store(name="defaults", node=to_dict(Config()))
     GlobalHydra.instance().clear()
     try:
@@ -62,6 +63,23 @@ def compose(overrides: list[str]) -> Config:
         raise ConfigError([" ".join(str(e).split())]) from None
     assert isinstance(raw, dict)
     return build({str(k): v for k, v in raw.items()})
+
+
+FOR_CAMERAS = (
+    "env.num_envs=32", "evaluation.num_envs=4", "collector.frames_per_batch=256",
+    "collector.init_random_frames=1024", "replay_buffer.size=100000",
+)  # fmt: skip
+"""Defaults of a run from pixels: rendering costs more than physics, and records are larger."""
+
+
+def _for_cameras(overrides: list[str]) -> tuple[str, ...]:
+    """`FOR_CAMERAS`, unless the user says how many envs there are, or takes an experiment."""
+    given = dict(o.partition("=")[::2] for o in overrides)
+    if "env.num_envs" in given or "experiment" in given:
+        return ()
+    asked = given.get("env.from_pixels", "auto")
+    named = has_its_own(given.get("env.name", ""))
+    return FOR_CAMERAS if asked == "true" or (asked == "auto" and named) else ()
 
 
 def _checked_overrides(overrides: list[str]) -> list[str]:

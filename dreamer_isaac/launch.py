@@ -14,6 +14,7 @@ from typing import Any
 from dreamer_isaac.assets.mirror import Mirror, parse
 from dreamer_isaac.assets.resolver import Resolver, install
 from dreamer_isaac.assets.tasks import assets_of, with_run_time
+from dreamer_isaac.cameras import has_its_own
 from dreamer_isaac.config import (
     MJLAB_PREFIX,
     Config,
@@ -56,7 +57,7 @@ def _mjlab_id(cfg: Config) -> bool:
 def wants_cameras(cfg: Config) -> bool:
     """Whether rendering has to be enabled before the task is known: where cameras are asked for, or
     the task's name says that it has some."""
-    named = any(word in cfg.env.name for word in ("RGB", "Camera", "Visuomotor"))
+    named = has_its_own(cfg.env.name)
     return cfg.env.from_pixels == "true" or (cfg.env.from_pixels == "auto" and named)
 
 

@@ -70,6 +70,17 @@ def test_exit_code_2_in_under_two_seconds(program: Program) -> None:
     assert seconds < 2.0
 
 
+def test_defaults_of_a_run_from_pixels() -> None:
+    for more in (["env.name=Isaac-Cartpole-RGB-v0"], ["env.from_pixels=true"]):
+        cfg = compose(more)
+        assert (cfg.env.num_envs, cfg.replay_buffer.size) == (32, 100_000)
+        assert compose([*more, "replay_buffer.size=50000"]).replay_buffer.size == 50_000
+        many = compose([*more, "env.num_envs=256"])
+        assert (many.env.num_envs, many.collector.frames_per_batch) == (256, 2048)
+    assert compose(["env.name=Isaac-Cartpole-RGB-v0", "env.from_pixels=false"]).env.num_envs == 256
+    assert compose(["experiment=cartpole_rgb"]).env.num_envs == 256
+
+
 def test_the_bottom_layer_imports_no_torch() -> None:
     code = (
         "import sys; import dreamer_isaac.config, dreamer_isaac.cli, dreamer_isaac.launch;"
