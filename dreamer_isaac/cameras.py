@@ -59,7 +59,8 @@ POSES = {
 
 def has_its_own(task: str) -> bool:
     """Whether a task's id says that it has cameras, as Isaac Lab's do."""
-    return any(word in task for word in ("RGB", "Camera", "Visuomotor"))
+    words = ("rgb", "camera", "visuomotor", "vision", "depth", "blueprint", "gr1t2")
+    return any(word in task.lower() for word in words)
 
 
 def poses(cameras: dict[str, Any]) -> dict[str, Pose]:

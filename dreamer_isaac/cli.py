@@ -74,11 +74,13 @@ FOR_CAMERAS = (
 
 def _for_cameras(overrides: list[str]) -> tuple[str, ...]:
     """`FOR_CAMERAS`, unless the user says how many envs there are, or takes an experiment."""
-    given = dict(o.partition("=")[::2] for o in overrides)
+    given: dict[str, str] = {k: v for k, _, v in (o.partition("=") for o in overrides)}
     if "env.num_envs" in given or "experiment" in given:
         return ()
     asked = given.get("env.from_pixels", "auto")
-    named = has_its_own(given.get("env.name", ""))
+    named = has_its_own(given.get("env.name", "")) or any(
+        k.lstrip("+").startswith("env.cameras") for k in given
+    )
     return FOR_CAMERAS if asked == "true" or (asked == "auto" and named) else ()
 
 

@@ -203,8 +203,9 @@ class AlgoConfig:
     """Discount 1 - 1/this, folded into the continue target."""
     lmbda: float = 0.95
     reward_multiplier: float = 0.0
-    """The learner sees rewards times this; 0 means 1 / step_dt, reward per second. Isaac Lab and
-    mjlab multiply rewards by the step's duration, which makes them about 0.01, and the two-hot
+    """The learner sees rewards times this; 0 means reward per second, 1 / step_dt, where the
+    simulator multiplies rewards by the step's duration, and 1 where it does not (Direct tasks).
+    Managers of Isaac Lab and mjlab do, which makes rewards about 0.01, and the two-hot
     heads' bins are 0.16 apart around zero: too coarse to tell such rewards from each other. Logs
     and evaluations are always in the env's own units."""
     free_nats: float = 1.0

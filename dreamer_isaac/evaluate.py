@@ -109,7 +109,7 @@ def play(
         obs, is_first, pixels = observation
         belief, state, action = agent.act(obs, is_first, carry, noise, normal, greedy, pixels)
         if pixels is not None and cfg.video and t < limit:
-            view.append(pixels[0])
+            view.append(pixels[0].clone())  # not a view of all envs
         if cfg.policy == "random":
             draw = torch.rand(action.shape, generator=generator, device=device)
             action = (2 * draw - 1) * env.action_bound
@@ -137,7 +137,7 @@ def play(
         finished += outcome.done & open_
         if len(kept) < 4 * cfg.open_loop_steps:
             row = (obs, executed, belief, state, outcome.done, pixels)
-            kept.append(tuple(x[:watched] for x in row if x is not None))
+            kept.append(tuple(x[:watched].clone() for x in row if x is not None))
         carry = Carry(belief, state, executed)
         observation = following
         if t % 16 == 15 and bool((finished >= rounds).all()):
@@ -210,6 +210,8 @@ def open_loop(agent: Agent, trajectory: Trajectory, steps: int) -> OpenLoop | No
         if not truth.shape[2]:
             compared = real.flatten(2) / 255, imagined[:, : real.shape[1]].flatten(2)
     spread = compared[0].std((0, 1)).clamp_min(1e-3)
+    if compared[0] is not truth:  # most of a picture never changes: one spread for all of it
+        spread = compared[0].std((0, 1)).square().mean().sqrt().clamp_min(1e-3)
     error = ((compared[1] - compared[0]) / spread).square().mean((0, 2)).sqrt()
     return OpenLoop(truth.cpu().numpy(), prediction.cpu().numpy(), error.cpu().numpy(), video)
 

@@ -55,6 +55,9 @@ class Policy(nn.Module):
         return new.clamp(-self.bound, self.bound), belief, state
 
 
+SEES = ("from_pixels", "pixels_only", "image_size", "cameras")
+"""Keys of `env` that decide what the policy is shown."""
+
 OUTPUTS = ("next_action", "next_belief", "next_state")
 
 
@@ -81,6 +84,7 @@ def description(agent: Agent, meta: dict[str, Any], bound: float) -> dict[str, A
         "step_seconds": task.get("step_dt"), "versions": meta["versions"],
         "observation_names": task["observation_names"], "action_names": task["action_names"],
         "action_low": -bound, "action_high": bound, "pixels": list(agent.pixels or []),
+        "sees": {k: meta["config"]["env"][k] for k in SEES},
         "noise": {"uniform": "uniform in [0, 1)", "normal": "standard normal"}[agent.rssm.noise],
         "inputs": {k: {"shape": ["N", *v.shape[1:]], "dtype": str(v.dtype).removeprefix("torch.")}
                    for k, v in inputs.items()},

@@ -56,9 +56,9 @@ def _mjlab_id(cfg: Config) -> bool:
 
 def wants_cameras(cfg: Config) -> bool:
     """Whether rendering has to be enabled before the task is known: where cameras are asked for, or
-    the task's name says that it has some."""
-    named = has_its_own(cfg.env.name)
-    return cfg.env.from_pixels == "true" or (cfg.env.from_pixels == "auto" and named)
+    the task's name says that it has some, whether they are observed or not."""
+    asked = cfg.env.from_pixels == "true" or bool(cfg.env.cameras)
+    return asked or has_its_own(cfg.env.name)
 
 
 prepared: Any = None

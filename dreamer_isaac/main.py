@@ -194,7 +194,7 @@ def report(
         evaluate.plots(folder / "plots", rows, loop, env.info.observation_names, cfg.env.name)
     if loop is not None:
         summary["open_loop_error"] = float(loop.error.mean())
-        if loop.video is not None:
+        if loop.video is not None and cfg.evaluation.video:
             views["open_loop.mp4"] = loop.video
     for name, frames in views.items():
         _write_video(folder / "videos" / name, frames, 1 / env.info.step_dt, console)
@@ -251,8 +251,7 @@ def evaluate_run(cfg: Config, folder: Path, console: Console) -> int:
         if list(names.get("pixels", [])) != list(env.info.pixels or []):
             raise checkpoint.CheckpointError(
                 f"the checkpoint's policy sees pictures of {names.get('pixels') or 'nothing'}, "
-                f"this task shows {list(env.info.pixels or []) or 'none'}. Remedy: the same env."
-                "from_pixels, env.cameras and env.image_size."
+                f"this task shows {list(env.info.pixels or []) or 'none'}."
             )
         checkpoint.load_networks(agent, state["networks"], found)
     summary = report(cfg, folder, env, agent, console, [])

@@ -19,7 +19,7 @@ from dreamer_isaac import checkpoint, cli
 from dreamer_isaac.checkpoint import Checkpoints
 from dreamer_isaac.collect import Collector, CollectorError, Setup, Sync, Thread
 from dreamer_isaac.compiling import as_it_is, compile_function, start_compiler
-from dreamer_isaac.config import AlgoConfig, Config, ConfigError, to_dict
+from dreamer_isaac.config import AlgoConfig, Config, ConfigError, build, to_dict
 from dreamer_isaac.learner import Learner, NonFiniteError
 from dreamer_isaac.learner_v1 import LearnerV1
 from dreamer_isaac.logger import Console, Logger, duration
@@ -141,7 +141,7 @@ class Run:
         info, train_envs = self.env.info, cfg.env.num_envs - cfg.evaluation.num_envs
         self.learner = learner_class(cfg.algo)(
             self.agent, cfg.algo, cfg.optimization, generators[1],
-            cfg.algo.reward_multiplier or 1 / info.step_dt,
+            cfg.algo.reward_multiplier or (1 / info.step_dt if info.rewards_times_dt else 1.0),
         )  # fmt: skip
         self.replay = Replay(
             cfg.replay_buffer, train_envs, info.observation, info.action, cfg.model,
@@ -250,7 +250,7 @@ class Run:
             ["exact"] if self.cfg.checkpoint.exact else []
         )
         state = checkpoint.load(found, parts, self.device)
-        self._check_same_run(state["meta"]["config"])
+        self._check_same_run(state["meta"])
         if self.cfg.checkpoint.exact and "exact" not in state:
             raise ConfigError([
                 f"checkpoint.exact=true, but {found} was saved without it. Remedy: "
@@ -273,17 +273,21 @@ class Run:
             + ("" if "replay" in state else "; the replay buffer is refilled first")
         )
 
-    def _check_same_run(self, saved: dict[str, Any]) -> None:
-        mine = to_dict(self.cfg)
-        fixed = [("env", k) for k in ("name", "num_envs", "seed", "cfg", "action_bound")]
-        fixed += [("model", k) for k in mine["model"]] + [
-            ("algo", "name"),
-            ("evaluation", "num_envs"),
-        ]
+    def _check_same_run(self, meta: dict[str, Any]) -> None:
+        mine, info = to_dict(self.cfg), self.env.info
+        # Of an older version: what has come since was as it is by default.
+        saved, pixels = to_dict(build(meta["config"])), list(meta["task"].get("pixels") or [])
+        fixed = [("env", k) for k in ("name", "num_envs", "seed", "cfg", "action_bound", "cameras")]
+        fixed += [("model", k) for k in mine["model"] if k != "cnn_depth" or info.pixels]
+        fixed += [("algo", "name"), ("evaluation", "num_envs")]
+        fixed += [("env", "pixels_only")] if info.pixels else []
         odd = [
             f"{a}.{b}={mine[a][b]!r}, but the run has {saved[a].get(b)!r}"
             for a, b in fixed if mine[a][b] != saved[a].get(b)
         ]  # fmt: skip
+        if pixels != list(info.pixels or []):
+            odd.append(f"env.from_pixels, env.image_size: pictures of {list(info.pixels or [])}, "
+                       f"but the run has {pixels}")  # fmt: skip
         if odd:
             remedy = f"Remedy: the same values, or another run.dir than {self.folder}."
             raise ConfigError([*odd, remedy])

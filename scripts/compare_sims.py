@@ -36,8 +36,12 @@ def main() -> int:
         parser.error("name at least one run")
     pythons = {n: p or sys.executable for n, _, p in (x.partition("=") for x in a.on)}
     results: list[dict[str, Any]] = []
-    policies = {Path(r).name: r for r in runs} | {"random": "", "zero": ""}
+    names = [Path(r).name for r in runs]
+    if len(set(names)) < len(names) or {"random", "zero"} & set(names):
+        names = [r.strip("/").replace("/", "_") for r in runs]
+    policies = dict(zip(names, runs, strict=True)) | {"random": "", "zero": ""}
     task = trained_on(runs[0])["task"]
+    overrides.insert(0, f"env.action_bound={trained_on(runs[0])['action_bound']}")  # baselines' too
     for label, run in policies.items():
         for backend, python in pythons.items():
             result = evaluate(label, run, backend, python, task, a.episodes, a.out, overrides)
@@ -50,10 +54,11 @@ def main() -> int:
 
 
 def trained_on(run: str) -> dict[str, Any]:
-    """Task and simulator of a run, from its checkpoint."""
+    """Task, simulator and bound of actions of a run, from its checkpoint."""
     from dreamer_isaac import checkpoint
 
-    return checkpoint.read_meta(checkpoint.find(run))["task"]
+    meta = checkpoint.read_meta(checkpoint.find(run))
+    return meta["task"] | {"action_bound": meta["config"]["env"]["action_bound"]}
 
 
 def evaluate(

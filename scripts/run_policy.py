@@ -124,13 +124,13 @@ def main() -> int:
     from dreamer_isaac.cli import compose
     from dreamer_isaac.launch import choose_backend, simulator
 
-    cameras = ["env.from_pixels=true"] if about["pixels"] else ["env.from_pixels=false"]
     cfg = compose([
         "mode=evaluate", "evaluation.policy=zero", f"env.name={about['task']}",
         f"env.num_envs={min(a.episodes, 16)}", f"env.action_bound={about['action_high']}",
-        *cameras, *(["env.pixels_only=true"] if not about["observation_names"] else []),
-        *([f"env.image_size={about['pixels'][0]}"] if about["pixels"] else []), *a.overrides,
+        *a.overrides,
     ])  # fmt: skip
+    for key, value in about["sees"].items():
+        setattr(cfg.env, key, value)
     with simulator(cfg):
         import torch
 
@@ -139,7 +139,13 @@ def main() -> int:
         auto = "cuda:0" if torch.cuda.is_available() else "cpu"
         device = torch.device(auto if cfg.env.device == "auto" else cfg.env.device)
         env = make_env(cfg, choose_backend(cfg)[0], device)
-        env.bind(about["observation_names"], about["action_names"])
+        shown = list(env.info.pixels or [])
+        if shown != about["pixels"]:
+            raise SystemExit(f"error: the policy sees pictures of {about['pixels'] or 'nothing'}, "
+                             f"this task shows {shown or 'none'}")  # fmt: skip
+        names = about["observation_names"], about["action_names"]
+        if names != (env.info.observation_names, env.info.action_names):
+            env.bind(*names)
         returns = play(env, Controller(policy, env.info.num_envs), a.episodes)
         env.close()
     error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else 0.0

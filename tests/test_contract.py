@@ -194,10 +194,19 @@ def test_the_curriculum_is_logged_saved_and_restored(tmp_path: Path) -> None:
     sim.scene.terrain.terrain_levels[:] = torch.tensor([3, 0, 2])
     torch.save(curriculum.state(sim), tmp_path / "state.pt")
     other = Sim(reported)
+
+    def promote(env_ids: Any = None) -> None:
+        other.scene.terrain.terrain_levels += 1
+
+    other.curriculum_manager.compute = promote
     curriculum.restore(other, torch.load(tmp_path / "state.pt", weights_only=True))
     assert other.common_step_counter == 77
     assert other.scene.terrain.terrain_levels.tolist() == [3, 0, 2]
     assert other.scene.terrain.env_origins[:, 0].tolist() == [21.0, 0.0, 15.0]
+    other.curriculum_manager.compute(env_ids=None)  # the reset that a resumed run begins with
+    assert other.scene.terrain.terrain_levels.tolist() == [3, 0, 2]
+    other.curriculum_manager.compute(env_ids=None)
+    assert other.scene.terrain.terrain_levels.tolist() == [4, 1, 3]
     assert curriculum.state(Sim({})) == {}
     untouched = Sim(reported)
     curriculum.restore(untouched, {})

@@ -4,6 +4,7 @@ out for one env at a time in numpy from the simulator's raw positions and veloci
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -185,6 +186,18 @@ def test_cartpole_step_by_step() -> None:
             assert outcome.reward[i].item() == pytest.approx(sum(got.values()), abs=1e-5)
     assert ends > 5
     env.close()
+
+
+def test_rewards_that_are_not_multiplied_by_the_step_are_trained_as_they_are() -> None:
+    from dreamer_isaac.logger import Console
+    from dreamer_isaac.train import Run
+
+    for name, multiplier in (("Isaac-Ant-Direct-v0", 1.0), ("Isaac-Ant-v0", 60.0)):
+        cfg = compose([f"env.name={name}", "env.num_envs=4", "evaluation.num_envs=1",
+                       "env.backend=mjlab", "collector.frames_per_batch=4000"])  # fmt: skip
+        run = Run(cfg, Path("."), Console())
+        assert run.learner.reward_multiplier == pytest.approx(multiplier)
+        run.env.close()
 
 
 def test_heights_at_which_a_fall_is_a_fall() -> None:

@@ -19,6 +19,7 @@ pytest.importorskip("mjlab", reason="the embedded simulator is not installed")
 
 from dreamer_isaac import export
 from dreamer_isaac.cli import compose
+from dreamer_isaac.config import to_dict
 from dreamer_isaac.envs import make_env
 from dreamer_isaac.models import Agent
 
@@ -50,7 +51,7 @@ def inputs_of(case: str) -> tuple[Agent, dict[str, Any], list[dict[str, np.ndarr
     meta = {
         "task": {"task": info.task, "backend": info.backend, "pixels": list(info.pixels or []),
                  "observation_names": info.observation_names, "action_names": info.action_names},
-        "frames": 1, "updates": 2, "versions": {},
+        "frames": 1, "updates": 2, "versions": {}, "config": to_dict(cfg),
     }  # fmt: skip
     policy = export.Policy(agent, 0.9)
     memory = export.example(agent, ROWS)
@@ -108,6 +109,7 @@ def test_torch_onnx_and_torchscript_agree(
             memory = {"belief": belief, "state": state, "action": action}
             apart.append(float(np.abs(action - right[0]).max()))
         drift[kind] = max(apart)
+    assert max(drift.values()) <= 1.8, drift  # bounded actions stay bounded
     record_property("closed_loop_drift", drift)
     print(f"{case}: same inputs {worst}, closed loop {drift}")
 
@@ -128,7 +130,8 @@ def test_the_command_and_its_policy_on_a_simulator(
     program: Callable[..., subprocess.CompletedProcess[str]], toy_overrides: list[str],
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    pixels = ["env.from_pixels=true", "env.image_size=16", "model.cnn_depth=2"]
+    pixels = ["env.from_pixels=true", "env.image_size=16", "model.cnn_depth=2",
+              "env.pixels_only=false"]  # fmt: skip
     done = program(*toy_overrides, *pixels, "evaluation.final=false")
     assert done.returncode == 0, done.stdout + done.stderr
     run = toy_overrides[-1].split("=", 1)[1]
@@ -153,7 +156,8 @@ assert not bad, bad
         )  # fmt: skip
         assert played.returncode == 0, played.stdout + played.stderr
         assert played.stdout.startswith("return ") and "over 12 episodes" in played.stdout
-        results.append(played.stdout)
+        results.append(float(played.stdout.split()[1]))
+    assert results[0] == pytest.approx(results[1], abs=0.5)  # the same seeds
     wrong = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "run_policy.py"), str(tmp_path / "none.onnx")],
         capture_output=True, text=True,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import check_that_nothing_changes_later
 
+from dreamer_isaac.cameras import POSES
 from dreamer_isaac.cli import compose
 from dreamer_isaac.config import ConfigError, isaaclab_available, module_exists
 from dreamer_isaac.envs.isaaclab import task_id
@@ -132,6 +133,8 @@ class TestContract:
         env.check_finite()
 
     def test_pictures_follow_the_robot_and_are_of_their_own_step(self, env: Any) -> None:
+        from dreamer_isaac.envs.isaaclab_cameras import is_3
+
         torch.manual_seed(1)
         assert env.info.pixels == (32, 32, 6)
         pictures = [env.reset().pixels]
@@ -148,6 +151,12 @@ class TestContract:
                 at = at if isinstance(at, torch.Tensor) else at.torch
                 expected = root + torch.tensor(away)
                 torch.testing.assert_close(at, expected, atol=1e-3, rtol=0)
+                turned = scene.sensors[f"camera_{name}"].data.quat_w_opengl
+                turned = turned if isinstance(turned, torch.Tensor) else turned.torch
+                w, x, y, z = POSES[name].quaternion()
+                own = torch.tensor((x, y, z, w) if is_3() else (w, x, y, z))
+                agree = (turned * own).sum(1).abs()  # a quaternion and its negative are the same
+                torch.testing.assert_close(agree, torch.ones(self.ENVS), atol=1e-4, rtol=0)
         assert ended >= self.ENVS
         film = torch.stack(pictures)
         assert (film[1:] != film[:-1]).flatten(2).any(2).float().mean() > 0.9

@@ -123,6 +123,35 @@ def test_exact_resume_equals_never_stopping(
     assert_same_run(folder(whole), tmp_path / "parts")
 
 
+def test_a_run_of_an_older_version_resumes(toy_overrides: list[str]) -> None:
+    """Keys that have come since are missing in what it saved; what they change is not."""
+    assert main(compose([*toy_overrides, "collector.total_frames=480", *EXACT])) == 0
+    run = folder(toy_overrides)
+    path = checkpoint.find(run) / "meta.json"
+    meta = json.loads(path.read_text())
+    del meta["config"]["model"]["cnn_depth"], meta["config"]["env"]["cameras"]
+    meta["config"]["env"]["from_pixels"] = False
+    path.write_text(json.dumps(meta))
+    assert main(compose([*toy_overrides, *EXACT])) == 0
+    assert metrics(run)[-1]["frames"] == "960"
+
+
+def test_a_run_goes_on_seeing_what_it_saw(toy_overrides: list[str]) -> None:
+    small = [*toy_overrides, *PIXELS, "checkpoint.exact=false", "evaluation.final=false"]
+    assert main(compose([*small, "collector.total_frames=480"])) == 0
+    log = folder(toy_overrides) / "log.txt"
+    for more, words in (
+        (["env.from_pixels=false"], "pictures of [], but the run has [16, 16, 3]"),
+        (["env.image_size=32"], "pictures of [32, 32, 3], but the run has [16, 16, 3]"),
+        (["env.cameras=[top]"], "env.cameras={'top': 'top'}, but the run has {}"),
+        (["env.pixels_only=false"], "env.pixels_only=False, but the run has True"),
+    ):  # fmt: skip
+        before = len(log.read_text())
+        assert main(compose([*small, *more])) == 2
+        assert words in log.read_text()[before:]
+    assert main(compose(small)) == 0
+
+
 @pytest.mark.parametrize("task", ["Isaac-Cartpole-v0", "Isaac-Ant-v0", "Isaac-Cartpole-RGB-v0"])
 def test_exact_resume_on_real_physics(
     task: str, toy_overrides: list[str], tmp_path: Path, program: Program

@@ -79,6 +79,9 @@ class EnvInfo:
     """A name for every component, e.g. `joint_pos[slider_to_cart]`."""
     action_names: list[str]
     """The joint that every action component drives."""
+    rewards_times_dt: bool = True
+    """Whether the simulator multiplies rewards by the step's duration: managers do, Direct tasks do
+    not."""
     pixels: tuple[int, int, int] | None = None
     """Height, width and channels (3 for every camera) of the pictures."""
 

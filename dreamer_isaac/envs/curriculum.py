@@ -32,10 +32,22 @@ def state(sim: Any) -> dict[str, Any]:
     return out
 
 
+def _pause(manager: Any) -> None:
+    """Leave out the next `compute`, of the reset that a resumed run begins with: it would judge the
+    robots' old places by the new origins, and promote."""
+    compute = manager.compute
+
+    def once(*_: Any, **__: Any) -> None:
+        manager.compute = compute
+
+    manager.compute = once
+
+
 def restore(sim: Any, saved: dict[str, Any]) -> None:
     """Go on from `state`: episodes that begin from now on are as difficult as they were."""
     if not saved:
         return
+    _pause(sim.curriculum_manager)
     sim.common_step_counter = saved["common_step_counter"]
     terrain = getattr(sim.scene, "terrain", None)
     if "terrain_levels" in saved and terrain is not None:

@@ -158,7 +158,8 @@ class IsaacLabEnv(SimEnv):
         width = 0 if cameras and (pixels_only or len(shape) > 2) else shape[-1]
         if width and len(shape) > 2:
             raise ConfigError([f"{name} observes arrays of {list(shape[1:])}. Remedy: env.from_"
-                               "pixels=true, which reads its cameras."])  # fmt: skip
+                               "pixels=true, which reads the colour cameras of its scene or adds "
+                               "one (env.cameras)."])  # fmt: skip
         action = env.action_spec.shape[-1]
         info = EnvInfo(
             task=name, backend="isaaclab", num_envs=int(sim.num_envs), observation=width,
@@ -166,6 +167,7 @@ class IsaacLabEnv(SimEnv):
             max_episode_length=int(sim.max_episode_length),
             observation_names=observation_names(sim, key, width) if width else [],
             action_names=action_names(sim, action),
+            rewards_times_dt=getattr(sim, "reward_manager", None) is not None,
         )  # fmt: skip
         super().__init__(env, info, key, bound)
         if cameras:

@@ -40,6 +40,8 @@ def add_cameras(task: Any, env: EnvConfig) -> dict[str, Pose | None]:
         ConfigError: for a scene without a robot to look at.
     """
     scene = task.scene
+    if hasattr(task, "num_rerenders_on_reset"):  # or an episode's first picture is of the last one
+        task.num_rerenders_on_reset = max(1, task.num_rerenders_on_reset)
     own = {k: v for k, v in vars(scene).items() if is_camera(v)}
     wanted = poses(env.cameras)
     if env.from_pixels == "false" or (env.from_pixels == "auto" and not (own or wanted)):
@@ -128,10 +130,12 @@ class Cameras:
         if follow:
             root = as_tensor(self.moving.data.root_pos_w)
             for name, pose in follow.items():
-                away = root.new_tensor([pose.position, pose.target])
-                self.sim.scene.sensors[name].set_world_poses_from_view(
-                    root + away[0], root + away[1]
-                )
+                w, x, y, z = pose.quaternion()
+                turned = root.new_tensor((x, y, z, w) if is_3() else (w, x, y, z))
+                self.sim.scene.sensors[name].set_world_poses(
+                    root + root.new_tensor(pose.position), turned.expand(len(root), 4),
+                    convention="opengl",
+                )  # fmt: skip
             if self.kit:
                 self.sim.sim.render()
         pictures = []

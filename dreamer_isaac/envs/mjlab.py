@@ -106,6 +106,7 @@ class MjlabEnv(SimEnv):
             max_episode_length=int(self.sim.max_episode_length),
             observation_names=names,
             action_names=action_names(self.sim),
+            rewards_times_dt=bool(self.sim.reward_manager._scale_by_dt),
         )
         if cameras:
             pixels = self.pixels()

@@ -49,6 +49,18 @@ class FollowingCamera(CameraSensor):
         )  # fmt: skip
 
 
+def _named(task: Any) -> set[str]:
+    """Every name that a term of a task's configuration takes as a parameter."""
+    out: set[str] = set()
+    groups = [g.terms for g in task.observations.values()]
+    for terms in (*groups, task.rewards, task.terminations, task.events):
+        for term in terms.values():
+            for value in getattr(term, "params", {}).values():
+                name = value if isinstance(value, str) else getattr(value, "name", None)
+                out |= {name} if isinstance(name, str) else set()
+    return out
+
+
 def add_cameras(task: Any, env: EnvConfig) -> list[str]:
     """Put the cameras that `env` asks for into the configuration of an mjlab task; of the task's
     own cameras only the size is changed. Returns the names of those to be observed.
@@ -59,10 +71,11 @@ def add_cameras(task: Any, env: EnvConfig) -> list[str]:
     if env.from_pixels == "false":
         return []
     size = FINER * env.image_size
-    own = [s for s in task.scene.sensors if isinstance(s, CameraSensorCfg)]
+    cameras = [s for s in task.scene.sensors if isinstance(s, CameraSensorCfg)]
+    own = [s for s in cameras if "rgb" in s.data_types]
     wanted = poses(env.cameras)
     if not wanted and own:
-        mine = {s.name: replace(s, width=size, height=size) for s in own if "rgb" in s.data_types}
+        mine = {s.name: replace(s, width=size, height=size) for s in own}
         task.scene.sensors = tuple(mine.get(s.name, s) for s in task.scene.sensors)
         return list(mine)
     if not wanted and env.from_pixels == "auto":
@@ -72,10 +85,15 @@ def add_cameras(task: Any, env: EnvConfig) -> list[str]:
     if not entities:
         raise ConfigError(["env.from_pixels: this task's scene has no entity to look at."])
     entity = "robot" if "robot" in entities else entities[0]
-    others = [s for s in task.scene.sensors if s not in own]  # a picture that is not used costs
+    # A picture that nobody looks at costs; one that a term of the task names must stay. All cameras
+    # of a scene share these settings.
+    others = [s for s in task.scene.sensors if s not in cameras or s.name in _named(task)]
+    shared = {} if not cameras else {
+        k: getattr(cameras[0], k) for k in ("use_textures", "use_shadows", "enabled_geom_groups")
+    }  # fmt: skip
     task.scene.sensors = (*others, *(
         FollowingCameraCfg(name=name, entity=entity, pos=pose.position, quat=pose.quaternion(),
-                           fovy=pose.fov, width=size, height=size)
+                           fovy=pose.fov, width=size, height=size, **shared)
         for name, pose in wanted.items()
     ))  # fmt: skip
     return list(wanted)

@@ -102,7 +102,7 @@ class ToyEnv(SimEnv):
         names = ["position", "velocity", "clock"] if not image or not pixels_only else []
         info = EnvInfo(
             "Toy-Point", "toy", num_envs, len(names), 1, DT, LENGTH, names, ["push"],
-            (image, image, 3) if image else None,
+            pixels=(image, image, 3) if image else None,
         )  # fmt: skip
         super().__init__(PointEnv(num_envs, seed, device, image), info, "policy", bound)
 
