@@ -24,6 +24,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.envs import EnvBase
 
+from dreamer_isaac.envs import curriculum
+
 
 class Observation(NamedTuple):
     """What is known before an action."""
@@ -99,6 +101,9 @@ class SimEnv:
         key: entry of the observation.
         action_bound: actions are clipped to [-bound, bound] before they are executed.
     """
+
+    sim: Any = None
+    """The simulator's own environment, where there is one beneath TorchRL's."""
 
     def __init__(self, env: EnvBase, info: EnvInfo, key: str, action_bound: float):
         self.env, self.info, self.key, self.action_bound = env, info, key, action_bound
@@ -177,14 +182,15 @@ class SimEnv:
 
     def curriculum(self) -> dict[str, float]:
         """Levels of the task's curriculum by name, as it reports them; waits for the device."""
-        return {}
+        return curriculum.levels(self.sim)
 
     def curriculum_state(self) -> dict[str, Any]:
         """What makes the next episodes as difficult as they would be now."""
-        return {}
+        return curriculum.state(self.sim)
 
     def load_curriculum_state(self, state: dict[str, Any]) -> None:
         """Restore `curriculum_state`, before the next reset."""
+        curriculum.restore(self.sim, state)
 
     def render(self) -> Any:
         """One RGB frame [height, width, 3] uint8 of env 0, or None where there is no renderer."""

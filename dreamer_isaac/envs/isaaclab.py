@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from dreamer_isaac.config import Config, ConfigError
-from dreamer_isaac.envs import curriculum
 from dreamer_isaac.envs.contract import EnvInfo, SimEnv
 from dreamer_isaac.envs.isaaclab_cameras import Cameras, add_cameras
 from dreamer_isaac.envs.paths import import_tasks, set_paths
@@ -177,15 +176,6 @@ class IsaacLabEnv(SimEnv):
 
     def pixels(self) -> Tensor | None:
         return self.cameras.read() if self.cameras else None
-
-    def curriculum(self) -> dict[str, float]:
-        return curriculum.levels(self.sim)
-
-    def curriculum_state(self) -> dict[str, Any]:
-        return curriculum.state(self.sim)
-
-    def load_curriculum_state(self, state: dict[str, Any]) -> None:
-        curriculum.restore(self.sim, state)
 
     def reward_terms(self) -> tuple[list[str], Tensor]:
         manager = getattr(self.sim, "reward_manager", None)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dreamer_isaac.config import Config, ConfigError
-from dreamer_isaac.envs import curriculum
 from dreamer_isaac.envs.contract import EnvInfo, Observation, SimEnv
 from dreamer_isaac.envs.paths import import_tasks, set_paths
 
@@ -113,15 +112,6 @@ class MjlabEnv(SimEnv):
             assert pixels is not None
             info.pixels = (pixels.shape[1], pixels.shape[2], pixels.shape[3])
         super().__init__(env, info, group, bound)
-
-    def curriculum(self) -> dict[str, float]:
-        return curriculum.levels(self.sim)
-
-    def curriculum_state(self) -> dict[str, Any]:
-        return curriculum.state(self.sim)
-
-    def load_curriculum_state(self, state: dict[str, Any]) -> None:
-        curriculum.restore(self.sim, state)
 
     def reward_terms(self) -> tuple[list[str], Tensor]:
         manager = self.sim.reward_manager  # it keeps rates: value * weight, before the step's time
