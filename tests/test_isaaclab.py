@@ -133,7 +133,7 @@ class TestContract:
         env.check_finite()
 
     def test_pictures_follow_the_robot_and_are_of_their_own_step(self, env: Any) -> None:
-        from dreamer_isaac.envs.isaaclab_cameras import is_3
+        from dreamer_isaac.launch import isaaclab_is_3
 
         torch.manual_seed(1)
         assert env.info.pixels == (32, 32, 6)
@@ -154,7 +154,7 @@ class TestContract:
                 turned = scene.sensors[f"camera_{name}"].data.quat_w_opengl
                 turned = turned if isinstance(turned, torch.Tensor) else turned.torch
                 w, x, y, z = POSES[name].quaternion()
-                own = torch.tensor((x, y, z, w) if is_3() else (w, x, y, z))
+                own = torch.tensor((x, y, z, w) if isaaclab_is_3() else (w, x, y, z))
                 agree = (turned * own).sum(1).abs()  # a quaternion and its negative are the same
                 torch.testing.assert_close(agree, torch.ones(self.ENVS), atol=1e-4, rtol=0)
         assert ended >= self.ENVS

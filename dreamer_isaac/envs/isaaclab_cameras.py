@@ -8,7 +8,6 @@ Newton's Warp renderer where there is no Isaac Sim. Quaternions are (w, x, y, z)
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from dreamer_isaac.cameras import POSES, Pose, poses
 from dreamer_isaac.config import ConfigError, EnvConfig, module_exists
+from dreamer_isaac.launch import isaaclab_is_3
 
 SPACING = 40.0
 """Metres between neighbours, at least, so that they stay out of the picture."""
@@ -79,7 +79,7 @@ def camera_cfg(name: str, pose: Pose, root: tuple[float, float, float], size: in
     import isaaclab.sim as sim
 
     w, x, y, z = pose.quaternion()
-    three = is_3()
+    three = isaaclab_is_3()
     kind = sensors.CameraCfg if three else sensors.TiledCameraCfg
     return kind(
         prim_path="{ENV_REGEX_NS}/dreamer_isaac_" + name,
@@ -98,16 +98,11 @@ def camera_cfg(name: str, pose: Pose, root: tuple[float, float, float], size: in
 
 def renderer() -> dict[str, Any]:
     """A camera's option for Newton's renderer, where there is no Isaac Sim."""
-    if not is_3() or module_exists("isaacsim"):
+    if not isaaclab_is_3() or module_exists("isaacsim"):
         return {}
     from isaaclab_newton.renderers import NewtonWarpRendererCfg
 
     return {"renderer_cfg": NewtonWarpRendererCfg()}
-
-
-def is_3() -> bool:
-    """Whether Isaac Lab is 3.x."""
-    return importlib.util.find_spec("isaaclab_newton") is not None
 
 
 class Cameras:
@@ -131,7 +126,7 @@ class Cameras:
             root = as_tensor(self.moving.data.root_pos_w)
             for name, pose in follow.items():
                 w, x, y, z = pose.quaternion()
-                turned = root.new_tensor((x, y, z, w) if is_3() else (w, x, y, z))
+                turned = root.new_tensor((x, y, z, w) if isaaclab_is_3() else (w, x, y, z))
                 self.sim.scene.sensors[name].set_world_poses(
                     root + root.new_tensor(pose.position), turned.expand(len(root), 4),
                     convention="opengl",
