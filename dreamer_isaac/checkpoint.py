@@ -3,6 +3,8 @@
     <run>/checkpoints/000000409600/   networks.pt  learner.pt  meta.json  [replay.pt  exact.pt]
     <run>/checkpoints/latest          the name of the newest, replaced atomically
 
+With `checkpoint.models` also `model_<updates>.pt`, networks and meta.json in one file.
+
 `meta.json` is written last and holds the size and CRC-32 of the other files: a checkpoint is
 complete exactly when it reads and they agree. A run that was killed at any moment leaves at worst
 a `*.partial` folder, which the next save removes.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,10 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Raised when the contents change so that older ones cannot be read."""
+
+
+INSIDE = "dreamer_isaac.json"
+"""Where a model file keeps its meta.json: torch's files are zip archives of one folder."""
 
 
 class CheckpointError(RuntimeError):
@@ -103,6 +110,29 @@ class Checkpoints:
             shutil.rmtree(old, ignore_errors=True)
         return final
 
+    def save_model(self, updates: int, networks: dict[str, Any], meta: dict[str, Any]) -> Path:
+        """Write `model_<updates>.pt`, completely or not at all.
+
+        Raises:
+            CheckpointError: when it cannot be written.
+        """
+        path = self.folder / f"model_{updates}.pt"
+        partial = self.folder / f"model_{updates}.partial.pt"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _torch().save({"networks": networks}, partial)
+            with zipfile.ZipFile(partial, "a") as archive:
+                top = archive.namelist()[0].partition("/")[0]
+                archive.writestr(
+                    f"{top}/{INSIDE}", json.dumps(meta | {"format": FORMAT, "updates": updates})
+                )
+            _sync(partial)
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as e:
+            partial.unlink(missing_ok=True)
+            raise CheckpointError(f"cannot save {path}: {e}. Older ones are intact.") from e
+        return path
+
     def _point(self, name: str) -> None:
         temporary = self.folder / "latest.partial-file"
         temporary.write_text(name + "\n")
@@ -125,8 +155,8 @@ class Checkpoints:
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint that a user means: a run folder, its `checkpoints`, one checkpoint in it, or
-    a file of one.
+    """The checkpoint that a user means: a run folder, its `checkpoints`, one checkpoint in it, a
+    file of one, or a model file.
 
     Raises:
         CheckpointError: with what is there instead.
@@ -135,6 +165,12 @@ def find(path: str | Path) -> Path:
     if not given.exists():
         raise CheckpointError(f"{given} does not exist.")
     if given.is_file():
+        if _is_model(given):
+            return given
+        if not (given.parent / "meta.json").exists():
+            raise CheckpointError(
+                f"{given} is no model file of dreamer_isaac (another library's, or damaged)."
+            )
         given = given.parent
     if (given / "meta.json").exists():
         return given
@@ -146,16 +182,34 @@ def find(path: str | Path) -> Path:
     raise CheckpointError(f"{given} holds no complete checkpoint (there: {there}).")
 
 
+def _is_model(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/" + INSIDE) for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _model_meta(path: Path) -> str:
+    with zipfile.ZipFile(path) as archive:
+        odd = archive.testzip()
+        if odd:
+            raise CheckpointError(f"{path} is damaged ({odd}).")
+        name = next(n for n in archive.namelist() if n.endswith("/" + INSIDE))
+        return archive.read(name).decode()
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
-    """`meta.json` of one checkpoint.
+    """`meta.json` of one checkpoint or model file.
 
     Raises:
         CheckpointError: when it is damaged or of another program.
     """
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        files, version = meta["files"], meta["format"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        single = folder.is_file()
+        meta = json.loads(_model_meta(folder) if single else (folder / "meta.json").read_text())
+        files, version = {} if single else meta["files"], meta["format"]
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
         raise CheckpointError(f"{folder} is no checkpoint of dreamer_isaac: {e!r}") from e
     if version != FORMAT:
         raise CheckpointError(
@@ -184,16 +238,23 @@ def load(folder: Path, parts: list[str], device: torch.device) -> dict[str, Any]
         CheckpointError
     """
     out: dict[str, Any] = {"meta": read_meta(folder)}
+    if folder.is_file():
+        content = _read(folder, device, True)
+        return out | {part: content[part] for part in parts if part in content}
     for part in parts:
         path = folder / f"{part}.pt"
         if path.name not in out["meta"]["files"]:
             continue
-        try:
-            # Exact state holds numpy's and Python's generator states, which are no tensors.
-            out[part] = _torch().load(path, map_location=device, weights_only=part != "exact")
-        except Exception as e:  # unpickling can raise anything
-            raise CheckpointError(f"{path} cannot be read: {e}") from e
+        # Exact state holds numpy's and Python's generator states, which are no tensors.
+        out[part] = _read(path, device, part != "exact")
     return out
+
+
+def _read(path: Path, device: torch.device, weights_only: bool) -> Any:
+    try:
+        return _torch().load(path, map_location=device, weights_only=weights_only)
+    except Exception as e:  # unpickling can raise anything
+        raise CheckpointError(f"{path} cannot be read: {e}") from e
 
 
 def load_networks(module: torch.nn.Module, state: dict[str, Any], source: Path) -> None:

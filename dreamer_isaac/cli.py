@@ -11,10 +11,14 @@ import contextlib
 import datetime
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dreamer_isaac.cameras import has_its_own
 from dreamer_isaac.config import Config, ConfigError, build, known_paths, to_dict, unknown_key
+from dreamer_isaac.jobs.store import StoreError
+
+if TYPE_CHECKING:
+    from dreamer_isaac.jobs import Running
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 USAGE = """usage: python dreamer_isaac.py [--offline] [--cfg] [--help] [key=value ...]
@@ -25,6 +29,7 @@ USAGE = """usage: python dreamer_isaac.py [--offline] [--cfg] [--help] [key=valu
   run.dir=FOLDER                  results go there; the same command again resumes
   mode=evaluate checkpoint=RUN    deterministic episodes of a trained policy
   mode=export checkpoint=RUN      its policy as ONNX and TorchScript
+  job=FILE.json|s3://...          a job file of a pipeline: train or evaluate (docs/jobs.md)
   --offline                       Isaac Lab's assets from a local mirror (assets.offline=true)
   --cfg                           print the configuration and stop
 
@@ -45,6 +50,15 @@ def compose(overrides: list[str]) -> Config:
     Raises:
         ConfigError: naming every mistake that could be found.
     """
+    return build(compose_unchecked(overrides))
+
+
+def compose_unchecked(overrides: list[str]) -> dict[str, Any]:
+    """The same without a look at the values: the plain configuration.
+
+    Raises:
+        ConfigError: for overrides that name no key or preset.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -62,7 +76,7 @@ def compose(overrides: list[str]) -> Config:
     except (HydraException, OmegaConfBaseException) as e:
         raise ConfigError([" ".join(str(e).split())]) from None
     assert isinstance(raw, dict)
-    return build({str(k): v for k, v in raw.items()})
+    return {str(k): v for k, v in raw.items()}
 
 
 FOR_CAMERAS = (
@@ -99,7 +113,10 @@ def _checked_overrides(overrides: list[str]) -> list[str]:
             out.append(f"checkpoint.path={_quoted(value)}")
         elif name == "collector":  # short for collector.kind
             out.append(f"collector.kind={value}")
-        elif name in ("run.dir", "checkpoint.path", "checkpoint.init_from"):
+        elif name == "job":  # short for job.path
+            out.append(f"job.path={_quoted(value)}")
+        elif name in ("run.dir", "checkpoint.path", "checkpoint.init_from", "job.path",
+                      "job.output", "job.root"):  # fmt: skip
             out.append(f"{name}={_quoted(value)}")
         elif name == "env.cameras":  # names of poses
             for pose in filter(None, (v.strip() for v in value.strip("[]'\" ").split(","))):
@@ -150,30 +167,76 @@ def run(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    overrides = ["assets.offline=true"] if "--offline" in flags else []
+    overrides += [a for a in argv if not a.startswith("-")]
+    job: Running | None = None
     try:
-        overrides = ["assets.offline=true"] if "--offline" in flags else []
-        cfg = compose([*overrides, *(a for a in argv if not a.startswith("-"))])
+        cfg, job = read(overrides)
     except ConfigError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except StoreError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
     if not cfg.run.dir:
         cfg.run.dir = default_run_dir(cfg)
     if "--cfg" in flags:
         print(dump(to_dict(cfg)), end="")
         return 0
 
-    from dreamer_isaac.launch import leave, simulator
+    from dreamer_isaac.launch import leave
+
+    if job is None:
+        return leave(execute(cfg))
+    code = 1
+    try:
+        job.prepare(cfg)
+        code = execute(cfg)
+    except (StoreError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+    finally:
+        code = job.finish(code)
+    return leave(code)
+
+
+def read(overrides: list[str]) -> tuple[Config, Running | None]:
+    """The checked configuration, and the job that it is for, if there is one.
+
+    Raises:
+        ConfigError, StoreError
+    """
+    named = [o.partition("=")[2] for o in overrides if o.startswith(("job=", "job.path="))]
+    if not named or not named[-1]:
+        return compose(overrides), None
+    from dreamer_isaac import jobs
+
+    own = compose_unchecked(overrides)["job"]
+    try:
+        job = jobs.load(own["path"], own["id"], own["output"], own["root"])
+        try:
+            cfg = compose(jobs.overrides_of(job, overrides, compose_unchecked))
+        except ConfigError as e:
+            raise jobs.JobError(e.problems, own["path"], job) from None
+    except jobs.JobError as e:
+        if e.job and (own["id"] or jobs.scheduled() or jobs.is_remote(e.job.output)):
+            jobs.Running(e.job).reject(e.problems)
+        raise
+    return cfg, jobs.Running(job)
+
+
+def execute(cfg: Config) -> int:
+    """Start the simulator, then torch, then run; the exit code."""
+    from dreamer_isaac.launch import simulator
 
     as_trained(cfg)
     try:
         with simulator(cfg) if cfg.mode != "export" else contextlib.nullcontext():
             from dreamer_isaac.main import main  # the first import of torch
 
-            code = main(cfg)
+            return main(cfg)
     except ConfigError as e:  # of the task, which only its simulator knows
         print(f"error: {e}", file=sys.stderr)
-        code = 2
-    return leave(code)
+        return 2
 
 
 def as_trained(cfg: Config) -> None:

@@ -249,6 +249,9 @@ class EvaluationConfig:
     episodes: int = 64
     """Episodes of the final evaluation (and of `mode=evaluate`), at least; every env plays the
     same number."""
+    max_steps: int = 0
+    """`mode=evaluate`: episodes are cut off after so many steps, if not before; 0: the task's own
+    length."""
     final: bool = True
     """Evaluate at the end of a training run."""
     policy: Literal["trained", "random", "zero"] = "trained"
@@ -257,7 +260,10 @@ class EvaluationConfig:
     """Write `videos/*.mp4`."""
     video_seconds: float = 12.0
     """Longest video, in seconds of simulated time."""
+    video_envs: int = 4
+    """Envs in the video, side by side."""
     open_loop_steps: int = 50
+    """Steps that the world model is asked to predict without seeing anything."""
 
 
 @dataclass
@@ -271,6 +277,9 @@ class CheckpointConfig:
     """Frames between two checkpoints."""
     keep: int = 3
     """Newest checkpoints kept."""
+    models: bool = False
+    """At every checkpoint also write `checkpoints/model_<updates>.pt`: the networks and what is
+    needed to run them in one file, never removed. `mode=evaluate` and `mode=export` read it."""
     replay: bool = False
     """Save the replay buffer too. Without it a resumed run refills it before it trains."""
     exact: bool = False
@@ -319,6 +328,22 @@ class ProfilingConfig:
 
 
 @dataclass
+class JobConfig:
+    """A job file of a pipeline (docs/jobs.md)."""
+
+    path: str = ""
+    """A JSON file or an URL of one (`s3://bucket/path.json`). `job=X` is short for it."""
+    id: str = ""
+    """Name of the job's output folder. The same id goes on with what is there. Empty: the
+    scheduler's id of this job, or a new one."""
+    output: str = ""
+    """Folder or URL below which that folder is made. Empty: the asset that the job file lies in."""
+    root: str = ""
+    """The asset's topmost folder, up to which a job's checkpoint is looked for. Empty: two folders
+    above the job file's."""
+
+
+@dataclass
 class RunConfig:
     """Where results go."""
 
@@ -343,6 +368,7 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     assets: AssetsConfig = field(default_factory=AssetsConfig)
+    job: JobConfig = field(default_factory=JobConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -501,6 +527,7 @@ def contradictions(cfg: Config) -> list[str]:
         ("algo.horizon", cfg.algo.horizon),
         ("evaluation.episodes", ev.episodes),
         ("evaluation.open_loop_steps", ev.open_loop_steps),
+        ("evaluation.video_envs", ev.video_envs),
         ("checkpoint.interval_frames", ck.interval_frames),
         ("checkpoint.keep", ck.keep),
         ("logger.interval_frames", cfg.logger.interval_frames),
@@ -516,6 +543,7 @@ def contradictions(cfg: Config) -> list[str]:
         ("optimization.warmup_updates", opt.warmup_updates),
         ("optimization.max_updates", opt.max_updates),
         ("optimization.num_threads", opt.num_threads),
+        ("evaluation.max_steps", ev.max_steps),
     ):
         need(value >= 0, f"{path}={value}: must be 0 or more.")
     if out:
@@ -555,7 +583,7 @@ def contradictions(cfg: Config) -> list[str]:
         need(name in allowed, f"checkpoint.init_modules: unknown '{name}'; allowed are "
              f"{', '.join(sorted(allowed))}.")  # fmt: skip
     out += _camera_contradictions(cfg)
-    out += _task_contradictions(env)
+    out += task_problems(env)
     return out
 
 
@@ -623,7 +651,7 @@ def _training_contradictions(cfg: Config) -> list[str]:
     return out
 
 
-def _task_contradictions(env: EnvConfig) -> list[str]:
+def task_problems(env: EnvConfig) -> list[str]:
     """Refuse an id that nothing here could know; leave the rest to the simulator."""
     if env.backend in ("isaaclab", "toy") or env.import_ or env.name.startswith(MJLAB_PREFIX):
         return []

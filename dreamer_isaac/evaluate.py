@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,10 @@ class Episodes:
     """[E]"""
     lengths: np.ndarray
     """[E], env steps"""
+    envs: np.ndarray
+    """[E], the env that played it."""
+    endings: list[str]
+    """[E], what ended it: the task's termination terms that held, joined by `+`."""
     terms: dict[str, np.ndarray]
     """Every reward term's share of the return [E], where the simulator tells them."""
     trajectory: Trajectory
@@ -51,17 +56,43 @@ class Episodes:
     """What the policy of env 0 saw: frames [height, width, 3] uint8, cameras side by side."""
 
     def summary(self) -> dict[str, Any]:
-        """Mean, standard error of the mean, lengths, count, and the reward terms' shares."""
+        """Mean, standard error of the mean, quantiles, lengths, count, what ended the episodes, and
+        the reward terms' shares."""
+        counts = {name: self.endings.count(name) for name in sorted(set(self.endings))}
+        success = [n for n in counts if "success" in n]
         return {
             "return_mean": float(self.returns.mean()),
             "return_stderr": _standard_error(self.returns),
+            "return_quantiles": _quantiles(self.returns),
             "length_mean": float(self.lengths.mean()),
+            "length_stderr": _standard_error(self.lengths),
+            "length_quantiles": _quantiles(self.lengths),
             "episodes": len(self.returns),
+            "endings": counts,
+            **({"success": sum(counts[n] for n in success) / len(self.endings)} if success else {}),
             "reward_terms": {
                 name: {"mean": float(share.mean()), "stderr": _standard_error(share)}
                 for name, share in self.terms.items()
             },
         }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row an episode, for a table."""
+        return [
+            {"episode": i, "env": int(self.envs[i]), "return": float(self.returns[i]),
+             "length": int(self.lengths[i]), "ended_by": self.endings[i],
+             **{f"reward/{k}": float(v[i]) for k, v in self.terms.items()}}
+            for i in range(len(self.returns))
+        ]  # fmt: skip
+
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+def _quantiles(sample: np.ndarray) -> dict[str, float]:
+    return {
+        f"{q:g}": float(v) for q, v in zip(QUANTILES, np.quantile(sample, QUANTILES), strict=True)
+    }
 
 
 def _standard_error(sample: np.ndarray) -> float:
@@ -87,12 +118,17 @@ def play(
     """
     envs = env.info.num_envs
     rounds = -(-cfg.episodes // envs)
+    if cfg.max_steps:
+        env.limit_episodes(cfg.max_steps)
     generator = torch.Generator(device=env.device).manual_seed(seed)
     carry = agent.initial_carry(envs)
     device = env.device
     returns = torch.zeros(envs, rounds, dtype=torch.float64, device=device)
     lengths = torch.zeros_like(returns)
     shares: Tensor | None = None
+    ended: Tensor | None = None
+    reasons: list[str] = []
+    shown = min(cfg.video_envs, envs)
     finished = torch.zeros(envs, dtype=torch.long, device=device)
     greedy = torch.ones(envs, dtype=torch.bool, device=device)
     watched = min(watched, envs)
@@ -116,12 +152,17 @@ def play(
         elif cfg.policy == "zero":
             action = torch.zeros_like(action)
         if recording and t < limit:
-            frame = env.render()
-            if frame is None:
+            pictures = env.render(shown)
+            if pictures is None:
                 recording = False
                 say("no video: this simulator has no off-screen renderer here")
             else:
-                frames.append(np.asarray(frame).copy())
+                now = finished.clamp_max(rounds - 1).unsqueeze(1)
+                so_far = [x.gather(1, now)[:shown, 0].tolist() for x in (returns, lengths)]
+                frames.append(grid([
+                    labelled(np.asarray(p), f"return {r:.2f}   step {int(n)}")
+                    for p, r, n in zip(pictures, *so_far, strict=True)
+                ]))  # fmt: skip
         executed, outcome, following = env.step(action)
         open_ = finished < rounds
         slot = finished.clamp_max(rounds - 1).unsqueeze(1)
@@ -133,6 +174,15 @@ def play(
         shares.scatter_add_(
             1, slot.unsqueeze(2).expand(-1, -1, len(names)),
             (terms.double() * open_.unsqueeze(1)).unsqueeze(1),
+        )  # fmt: skip
+        reasons, holds = env.endings(outcome)
+        if ended is None:
+            ended = torch.zeros(envs, rounds, len(reasons), dtype=torch.bool, device=device)
+        over = (outcome.done & open_).unsqueeze(1)
+        held = ended.gather(1, slot.unsqueeze(2).expand(-1, -1, len(reasons))).squeeze(1)
+        ended.scatter_(
+            1, slot.unsqueeze(2).expand(-1, -1, len(reasons)),
+            torch.where(over, holds, held).unsqueeze(1),
         )  # fmt: skip
         finished += outcome.done & open_
         if len(kept) < 4 * cfg.open_loop_steps:
@@ -146,14 +196,39 @@ def play(
         if not bool((finished >= rounds).all()):
             raise RuntimeError(f"an episode ran longer than {env.info.max_episode_length} steps")
     env.check_finite()
-    assert shares is not None
+    assert shares is not None and ended is not None
+    which = ended.flatten(0, 1).cpu().tolist()
+    endings = ["+".join(r for r, y in zip(reasons, row, strict=True) if y) or "?" for row in which]
     by_term = shares.flatten(0, 1).cpu().numpy()
     columns = [torch.stack(x, 1) for x in zip(*kept, strict=True)]
     return Episodes(
         returns.flatten().cpu().numpy(), lengths.flatten().cpu().numpy(),
+        np.arange(envs).repeat(rounds), endings,
         {name: by_term[:, i] for i, name in enumerate(names)}, Trajectory(*columns), frames,
         [enlarged(x) for x in view],
     )  # fmt: skip
+
+
+def labelled(picture: np.ndarray, text: str) -> np.ndarray:
+    """A copy of [height, width, 3] uint8 with a line of text on it, readable on any ground."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(size=max(10, len(picture) // 14))
+    left, top, right, bottom = draw.textbbox((6, 4), text, font)
+    draw.rectangle((left - 3, top - 2, right + 3, bottom + 2), fill=(0, 0, 0))
+    draw.text((6, 4), text, (255, 255, 255), font)
+    return np.asarray(image)
+
+
+def grid(pictures: list[np.ndarray]) -> np.ndarray:
+    """Pictures of one size in rows of equal length, black where there are none left."""
+    columns = int(np.ceil(np.sqrt(len(pictures))))
+    blank = np.zeros_like(pictures[0])
+    padded = pictures + [blank] * (-len(pictures) % columns)
+    rows = [np.concatenate(padded[i : i + columns], 1) for i in range(0, len(padded), columns)]
+    return np.concatenate(rows, 0)
 
 
 def enlarged(pixels: Tensor, least: int = 256) -> np.ndarray:
@@ -216,6 +291,66 @@ def open_loop(agent: Agent, trajectory: Trajectory, steps: int) -> OpenLoop | No
     return OpenLoop(truth.cpu().numpy(), prediction.cpu().numpy(), error.cpu().numpy(), video)
 
 
+@dataclass
+class WorldModel:
+    """How far predictions are off, by how far ahead they look."""
+
+    terms: list[str]
+    """Groups of observation components, e.g. `joint_pos`; `pixels` where pictures are observed."""
+    error: np.ndarray
+    """[T, terms]: root mean square at 1, 2, ... T steps ahead, over starts, envs and components, in
+    units of each component's spread in the data: predicting the mean gives 1."""
+    samples: int
+    """Predictions that every figure is made of."""
+
+    def at(self, steps: int) -> dict[str, float]:
+        """Errors `steps` ahead by term."""
+        return dict(zip(self.terms, self.error[steps - 1].tolist(), strict=True))
+
+
+def world_model(
+    agent: Agent, trajectory: Trajectory, names: list[str], steps: int, stride: int = 10
+) -> WorldModel | None:
+    """Predict from many posteriors, fed with the actions that were taken; None where no episode was
+    long enough. The first row is the one-step error, the others are open loop.
+
+    Args:
+        names: of the observation's components. stride: env steps between two starts.
+    """
+    starts = range(stride, trajectory.obs.shape[1] - steps, stride)
+    parts = []
+    for s in starts:
+        whole = ~trajectory.done[:, s : s + steps].any(1)
+        if not bool(whole.any()):
+            continue
+        carry = Carry(
+            *(x[whole, s] for x in (trajectory.belief, trajectory.state, trajectory.action))
+        )
+        generator = torch.Generator(device=carry.belief.device).manual_seed(s)
+        guess, imagined = agent.predict(carry, trajectory.action[whole, s : s + steps], generator)
+        later = slice(s + 1, s + steps + 1)
+        off = [(guess[:, :steps] - trajectory.obs[whole, later])]
+        if imagined is not None and trajectory.pixels is not None:
+            real = trajectory.pixels[whole, later].float() / 255
+            off.append((imagined[:, :steps] - real).square().mean((2, 3, 4), keepdim=True).sqrt())
+            off[-1] = off[-1].flatten(2)
+        parts.append(torch.cat(off, 2))
+    if not parts:
+        return None
+    off = torch.cat(parts)
+    groups = [n.partition("[")[0] for n in names]
+    spread = [trajectory.obs.std((0, 1))]
+    if trajectory.pixels is not None and off.shape[2] > len(names):
+        groups.append("pixels")  # most of a picture never changes: one spread for all of it
+        moving = trajectory.pixels.float().div(255).std((0, 1)).square().mean().sqrt()
+        spread.append(moving.reshape(1))
+    scaled = (off / torch.cat(spread).clamp_min(1e-3)).square()
+    terms = list(dict.fromkeys(groups))
+    columns = [[i for i, g in enumerate(groups) if g == t] for t in terms]
+    error = torch.stack([scaled[:, :, c].mean((0, 2)).sqrt() for c in columns], 1)
+    return WorldModel(terms, error.cpu().numpy(), len(off))
+
+
 def side_by_side(real: Tensor, imagined: Tensor) -> list[np.ndarray]:
     """Frames with the truth above, the prediction in the middle and their difference below.
 
@@ -225,6 +360,16 @@ def side_by_side(real: Tensor, imagined: Tensor) -> list[np.ndarray]:
     guess = (255 * imagined).round().to(torch.uint8)
     apart = (real.int() - guess.int()).abs().to(torch.uint8)
     return [enlarged(x, 3 * 192) for x in torch.cat([real, guess, apart], 1)]
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A table with the first row's keys as its columns, completely or not at all."""
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
 
 
 def write_video(path: Path, frames: list[np.ndarray], fps: float) -> None:
@@ -244,8 +389,10 @@ def write_video(path: Path, frames: list[np.ndarray], fps: float) -> None:
     temporary.replace(path)
 
 
-def plots(folder: Path, rows: list[dict[str, str]], loop: OpenLoop | None, names: list[str],
-          title: str) -> list[Path]:  # fmt: skip
+def plots(
+    folder: Path, rows: list[dict[str, str]], loop: OpenLoop | None, names: list[str], title: str,
+    episodes: Episodes | None = None, model: WorldModel | None = None,
+) -> list[Path]:  # fmt: skip
     """Learning curve, losses and open-loop prediction as PNG files.
 
     Args:
@@ -332,4 +479,28 @@ def plots(folder: Path, rows: list[dict[str, str]], loop: OpenLoop | None, names
         for axis in list(flat)[shown + 1 :]:
             axis.axis("off")
         save(figure, "open_loop.png")
+
+    if episodes is not None and len(episodes.returns) > 1:
+        figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+        for axis, sample, label in zip(
+            axes, (episodes.returns, episodes.lengths), ("return", "length (steps)"), strict=True
+        ):
+            axis.hist(sample, bins=min(30, max(5, len(sample) // 4)))
+            axis.axvline(float(np.median(sample)), color="k", linestyle="--", label="median")
+            axis.set(xlabel=label, ylabel="episodes")
+            axis.grid(alpha=0.3)
+        axes[0].legend()
+        save(figure, "episodes.png")
+
+    if model is not None:
+        figure, axis = plt.subplots(figsize=(7, 4))
+        ahead = np.arange(1, len(model.error) + 1)
+        for i, term in enumerate(model.terms):
+            axis.plot(ahead, model.error[:, i], label=term)
+        axis.axhline(1, color="k", linestyle=":", label="predicting the mean")
+        axis.set(xlabel="steps ahead", ylabel="error / spread")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+        save(figure, "world_model.png")
     return written

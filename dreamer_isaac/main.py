@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import sys
 import time
 import traceback
@@ -23,6 +24,7 @@ from dreamer_isaac.envs.contract import SimEnv
 from dreamer_isaac.launch import choose_backend
 from dreamer_isaac.logger import Console, duration
 from dreamer_isaac.models import Agent
+from dreamer_isaac.report import page as report_page
 
 
 def main(cfg: Config) -> int:
@@ -187,17 +189,34 @@ def report(
         console.say("  of which " + ", ".join(shares))
     views = {"evaluation.mp4": episodes.frames, "policy_view.mp4": episodes.view}
     views = {k: v for k, v in views.items() if v}
-    loop = None
+    loop, model = None, None
+    names, steps = env.info.observation_names, cfg.evaluation.open_loop_steps
     if cfg.evaluation.policy == "trained":
-        loop = evaluate.open_loop(agent, episodes.trajectory, cfg.evaluation.open_loop_steps)
-    if rows or loop is not None:
-        evaluate.plots(folder / "plots", rows, loop, env.info.observation_names, cfg.env.name)
+        loop = evaluate.open_loop(agent, episodes.trajectory, steps)
+        model = evaluate.world_model(agent, episodes.trajectory, names, steps)
+    pictures = evaluate.plots(folder / "plots", rows, loop, names, cfg.env.name, episodes, model)
+    evaluate.write_csv(folder / "episodes.csv", episodes.rows())
+    if model is not None:
+        ahead = range(1, len(model.error) + 1)
+        evaluate.write_csv(folder / "world_model.csv", [
+            {"steps_ahead": n, **model.at(n)} for n in ahead
+        ])  # fmt: skip
+        summary["world_model"] = {
+            "samples": model.samples,
+            **{f"{n}_steps": model.at(n) for n in ahead if n in (1, 5, 10, 20, 50)},
+        }
+        one, last = float(model.error[0].mean()), float(model.error[-1].mean())
+        console.say(f"world model: error {one:.3f} of the data's spread one step ahead, {last:.3f} "
+                    f"{len(model.error)} steps ahead")  # fmt: skip
     if loop is not None:
         summary["open_loop_error"] = float(loop.error.mean())
         if loop.video is not None and cfg.evaluation.video:
             views["open_loop.mp4"] = loop.video
-    for name, frames in views.items():
-        _write_video(folder / "videos" / name, frames, 1 / env.info.step_dt, console)
+    videos = [folder / "videos" / name for name in views]
+    for path, frames in zip(videos, views.values(), strict=True):
+        _write_video(path, frames, 1 / env.info.step_dt, console)
+    page = report_page(cfg, env.info.backend, summary, pictures, [v for v in videos if v.exists()])
+    (folder / "report.html").write_text(page)
     return summary
 
 
@@ -255,6 +274,7 @@ def evaluate_run(cfg: Config, folder: Path, console: Console) -> int:
             )
         checkpoint.load_networks(agent, state["networks"], found)
     summary = report(cfg, folder, env, agent, console, [])
+    shutil.copyfile(folder / "episodes.csv", folder / "metrics.csv")
     write_json(folder / "summary.json", {
         "env": cfg.env.name, "backend": env.info.backend, "versions": versions(),
         "device": str(device), "policy": cfg.evaluation.policy, "evaluation": summary,

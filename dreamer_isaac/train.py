@@ -231,14 +231,28 @@ class Run:
         if exact or self.cfg.checkpoint.replay:
             parts["replay"] = self.replay.state_dict()
         info = self.env.info
-        self.checkpoints.save(self.frames, parts, {
+        meta = {
             "config": to_dict(self.cfg), "versions": versions(), "updates": self.learner.updates,
             "episodes": self.episodes, "seconds": self.seconds, "exact": exact,
             "task": {"task": info.task, "backend": info.backend,
                      "observation_names": info.observation_names,
                      "action_names": info.action_names, "step_dt": info.step_dt,
                      "pixels": list(info.pixels or [])},
-        })  # fmt: skip
+        }  # fmt: skip
+        self.checkpoints.save(self.frames, parts, meta)
+        if self.cfg.checkpoint.models:
+            self.checkpoints.save_model(
+                self.learner.updates, parts["networks"], meta | {"frames": self.frames}
+            )
+
+    def progress(self) -> float:
+        """The part of the run that is done, by what will end it: frames, or updates."""
+        total, most = self.cfg.collector.total_frames, self.cfg.optimization.max_updates
+        if not most:
+            return self.frames / total
+        start = self.cfg.collector.init_random_frames  # no update is due before it
+        learned = (self.frames - start) / max(total - start, 1)
+        return max(learned, self.learner.updates / most, 0.0)
 
     def restore(self, found: Path) -> None:
         """Go on from a checkpoint of this run.
@@ -366,7 +380,7 @@ def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
             arrived = collector.step(wait=not run.limiter.owes(replay.ready))
             run.frames += arrived
             run.limiter.collected(run.frames, arrived // cfg.env.num_envs * replay.envs)
-            learner.optimizer.progress.fill_(run.frames / cfg.collector.total_frames)
+            learner.optimizer.progress.fill_(run.progress())
             for _ in run.limiter.due(replay.ready):
                 metrics = learner.train(replay)
                 if run.device.type == "cpu":
@@ -414,7 +428,7 @@ class Meter:
         self.run = run
         self.started = self.window = time.monotonic()
         self.before = (run.frames, run.learner.updates)
-        self.first, self.base = run.frames, run.seconds
+        self.first, self.base = run.progress(), run.seconds
         self.last: dict[str, float] = {}
 
     def elapsed(self) -> float:
@@ -447,9 +461,12 @@ class Meter:
         run, total = self.run, self.run.cfg.collector.total_frames
         known = {**self.last, **row}
         spent = time.monotonic() - self.started
-        done = run.frames - self.first
-        eta = spent / done * max(total - run.frames, 0) if done else 0.0
-        share = f"{run.frames:,}/{total:,} frames ({run.frames / total:.0%})"
+        done, now = run.progress() - self.first, run.progress()
+        eta = spent / done * max(1 - now, 0.0) if done else 0.0
+        most = run.cfg.optimization.max_updates
+        share = f"{run.frames:,}/{total:,} frames ({now:.0%})"
+        if most:
+            share = f"{run.learner.updates:,}/{most:,} updates ({now:.0%}), {run.frames:,} frames"
         score = "".join(
             f", {label} {known[k]:.2f}"
             for k, label in (("episode/return", "return"), ("eval/return", "eval")) if k in known

@@ -8,9 +8,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "dreamer_isaac"
 LAYERS = [
     {"config", "cameras"},
-    {"assets", "compiling", "profiling", "envs", "models", "replay", "checkpoint", "logger"}
+    {"assets", "jobs", "compiling", "profiling", "envs", "models", "replay", "checkpoint", "logger"}
     | {"optim", "launch"},
-    {"learner", "learner_v1", "collect", "evaluate", "export"},
+    {"learner", "learner_v1", "collect", "evaluate", "export", "report"},
     {"main", "train", "cli"},
 ]
 # cli composes the configuration (bottom) and starts main (top), which dumps the configuration.

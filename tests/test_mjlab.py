@@ -161,11 +161,24 @@ def test_picture_without_opengl() -> None:
                    "collector.frames_per_batch=4096"])  # fmt: skip
     env = make_env(cfg, "mjlab", CPU, render=True)
     env.reset()
-    first = env.render()
+    (first,) = env.render()
     assert first.shape == (360, 480, 3) and first.dtype.name == "uint8" and first.std() > 20
     for _ in range(10):
         env.step(torch.ones(2, 1))
-    assert (env.render() != first).any()
+    assert (env.render()[0] != first).any()
+
+
+def test_pictures_of_several_envs() -> None:
+    cfg = compose(["env.num_envs=3", "evaluation.num_envs=1", "env.backend=mjlab",
+                   "collector.frames_per_batch=4095"])  # fmt: skip
+    env = make_env(cfg, "mjlab", CPU, render=True)
+    env.reset()
+    for _ in range(10):
+        env.step(torch.tensor([[-1.0], [0.0], [1.0]]))
+    pictures = env.render(3)
+    assert [p.shape for p in pictures] == [(180, 240, 3)] * 3
+    carts = [(p[:, :, 0].astype(int) - p[:, :, 2]).clip(0).sum(0).argmax() for p in pictures]
+    assert len(set(carts)) == 3  # each env's own state
 
 
 def test_a_picture_shows_the_state_of_its_own_step() -> None:

@@ -180,6 +180,23 @@ class SimEnv:
         Without names where the simulator does not tell."""
         return [], torch.zeros(self.info.num_envs, 0, device=self.device)
 
+    def endings(self, outcome: Outcome) -> tuple[list[str], Tensor]:
+        """What may end an episode: names, and which of them hold for the last step [N, K] bool.
+        Those that the task declares, or terminated and truncated where it declares none."""
+        manager = getattr(self.sim, "termination_manager", None)
+        names = [] if manager is None else list(manager.active_terms)
+        if manager is None or not names:
+            return ["terminated", "truncated"], torch.stack(
+                [outcome.terminated, outcome.truncated], 1
+            )
+        return names, torch.stack([manager.get_term(n).reshape(-1).bool() for n in names], 1)
+
+    def limit_episodes(self, steps: int) -> None:
+        """Cut episodes off after `steps` from now on, unless the task does so earlier."""
+        if steps < self.info.max_episode_length:  # all three simulators derive steps from seconds
+            self.sim.cfg.episode_length_s = (steps - 0.5) * self.info.step_dt
+            self.info.max_episode_length = int(self.sim.max_episode_length)
+
     def curriculum(self) -> dict[str, float]:
         """Levels of the task's curriculum by name, as it reports them; waits for the device."""
         return curriculum.levels(self.sim)
@@ -192,8 +209,9 @@ class SimEnv:
         """Restore `curriculum_state`, before the next reset."""
         curriculum.restore(self.sim, state)
 
-    def render(self) -> Any:
-        """One RGB frame [height, width, 3] uint8 of env 0, or None where there is no renderer."""
+    def render(self, envs: int = 1) -> Any:
+        """RGB frames, a list of [height, width, 3] uint8 of env 0, 1, ...; None where there is no
+        renderer."""
         return None
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import math
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -125,14 +126,15 @@ class MjlabEnv(SimEnv):
         pictures = [averaged(self.sim.scene[name].data.rgb) for name in self.cameras]
         return torch.cat(pictures, -1) if pictures else None
 
-    def render(self) -> np.ndarray | None:
+    def render(self, envs: int = 1) -> list[np.ndarray] | None:
         if not self.render_enabled:
             return None
         if self.renderer is None:  # built when first needed: it costs seconds
             from dreamer_isaac.envs.render import Renderer
 
-            self.renderer = Renderer(self.sim)
-        return self.renderer.frame()
+            columns = math.ceil(math.sqrt(envs))  # rays cost time: many envs, small pictures
+            self.renderer = Renderer(self.sim, 1 / columns)
+        return [self.renderer.frame(i) for i in range(envs)]
 
     def state_dict(self) -> dict[str, Any]:
         """Warp data, the managers' tensors and counters, and the global generators, which

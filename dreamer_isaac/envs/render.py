@@ -21,16 +21,18 @@ CAMERA = "dreamer_isaac_video"
 
 
 class Renderer:
-    """Renders env 0 of an mjlab simulation.
+    """Renders single envs of an mjlab simulation.
 
     Args:
-        sim: mjlab's ManagerBasedRlEnv.
+        sim: mjlab's ManagerBasedRlEnv. scale: of width and height that its viewer asks for.
     """
 
-    def __init__(self, sim: Any):
+    def __init__(self, sim: Any, scale: float = 1.0):
         self.sim = sim
         viewer = sim.cfg.viewer
-        self.width, self.height = viewer.width, viewer.height
+        self.width, self.height = (
+            max(2, round(scale * n / 2) * 2) for n in (viewer.width, viewer.height)
+        )
         spec = sim.scene.spec.copy()
         spec.worldbody.add_camera(name=CAMERA, fovy=viewer.fovy or 45.0)
         model = spec.compile()
@@ -68,13 +70,14 @@ class Renderer:
                 return names.index(name)
         return 1 if model.nbody > 1 else 0
 
-    def frame(self) -> np.ndarray:
+    def frame(self, env: int = 0) -> np.ndarray:
         """[height, width, 3] uint8."""
         with wp.ScopedDevice(self.device):
             for name in ("qpos", "mocap_pos", "mocap_quat"):
                 mine, theirs = getattr(self.data, name), getattr(self.sim.sim.wp_data, name)
                 if mine.size:
-                    wp.copy(mine, theirs, count=mine.shape[1])
+                    row = mine.shape[1]
+                    wp.copy(mine, theirs, src_offset=env * row, count=row)
             mjwarp.kinematics(self.model, self.data)
             mjwarp.com_pos(self.model, self.data)
             mjwarp.camlight(self.model, self.data)

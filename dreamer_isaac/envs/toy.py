@@ -39,6 +39,8 @@ class PointEnv(EnvBase):
         self.done_spec = Composite(
             done=flag.clone(), terminated=flag.clone(), truncated=flag.clone(), shape=batch
         )
+        self.length = LENGTH
+        """Steps until truncation."""
         self.generator = torch.Generator(device=self.device)
         self.generator.manual_seed(seed)
         self.obs = torch.zeros(num_envs, 3, device=self.device)
@@ -71,7 +73,8 @@ class PointEnv(EnvBase):
         self.obs.copy_(torch.stack([x, v, clock], -1))
         self.reward.copy_(((1 - x.abs()) * DT).unsqueeze(-1))
         self.terminated.copy_((x.abs() > LIMIT).unsqueeze(-1))
-        self.truncated.copy_((clock > 1 - 0.5 / LENGTH).unsqueeze(-1) & ~self.terminated)
+        late = clock > (self.length - 0.5) / LENGTH
+        self.truncated.copy_(late.unsqueeze(-1) & ~self.terminated)
         done = self.terminated | self.truncated
         self._restart(done)
         return TensorDict(
@@ -105,6 +108,9 @@ class ToyEnv(SimEnv):
             pixels=(image, image, 3) if image else None,
         )  # fmt: skip
         super().__init__(PointEnv(num_envs, seed, device, image), info, "policy", bound)
+
+    def limit_episodes(self, steps: int) -> None:
+        self.env.length = self.info.max_episode_length = min(steps, LENGTH)
 
     def pixels(self) -> torch.Tensor | None:
         return self.env.picture.clone() if self.info.pixels else None
