@@ -116,7 +116,7 @@ def _checked_overrides(overrides: list[str]) -> list[str]:
         elif name == "job":  # short for job.path
             out.append(f"job.path={_quoted(value)}")
         elif name in ("run.dir", "checkpoint.path", "checkpoint.init_from", "job.path",
-                      "job.output", "job.root"):  # fmt: skip
+                      "job.id", "job.output", "job.root"):  # fmt: skip
             out.append(f"{name}={_quoted(value)}")
         elif name == "env.cameras":  # names of poses
             for pose in filter(None, (v.strip() for v in value.strip("[]'\" ").split(","))):

@@ -59,10 +59,9 @@ MessageTimeout=5
 MinJobAge=300
 ReturnToService=2
 PropagateResourceLimits=NONE
-GresTypes=gpu
-NodeName={node} NodeAddr=127.0.0.1 CPUs=2 CoresPerSocket=2 RealMemory=1000 Gres=gpu:2 State=UNKNOWN
-PartitionName=low Nodes={node} Default=YES PriorityTier=1 GraceTime=20 MaxTime=60 State=UP
-PartitionName=high Nodes={node} PriorityTier=10 PreemptMode=OFF MaxTime=60 State=UP
+NodeName={node} NodeAddr=127.0.0.1 CPUs=2 CoresPerSocket=2 RealMemory=1000 State=UNKNOWN
+PartitionName=low Nodes={node} Default=YES PriorityTier=1 GraceTime=20 MaxTime=INFINITE State=UP
+PartitionName=high Nodes={node} PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
 
 
@@ -115,7 +114,6 @@ class Slurm:
         for name in ("state", "spool", "log"):
             (self.folder / name).mkdir()
         (self.folder / "plugstack.conf").touch()
-        (self.folder / "gres.conf").write_text("Name=gpu Count=2\n")
         self.node = socket.gethostname().partition(".")[0]
         (self.folder / "slurm.conf").write_text(CONFIG.format(
             node=self.node, ports=(free_port(), free_port()), folder=self.folder, plugins=plugins,

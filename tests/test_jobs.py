@@ -217,6 +217,11 @@ def test_an_evaluation_finds_it_and_caps_episodes(trained: Path) -> None:
     assert "data:image/png" in (out / "report.html").read_text()
 
 
+def test_an_id_may_be_a_number(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.json", job("train"))
+    assert cli.read([f"job={path}", "job.id=12"])[1].job.id == "12"  # type: ignore[union-attr]
+
+
 def test_the_same_id_goes_on(trained: Path) -> None:
     path = trained / "training" / "cartpole-training-config.json"
     content = json.loads(path.read_text())

@@ -15,7 +15,8 @@ from slurm import ENDED, Slurm, unpack
 
 pytestmark = pytest.mark.cluster
 SCRIPT = str(ROOT / "cluster" / "slurm" / "train.sbatch")
-SMALL = ("--cpus-per-task=2", "--mem=900", f"--export=ALL,PROJECT={ROOT},OMP_NUM_THREADS=1")
+SMALL = ("--gres=none", "--cpus-per-task=2", "--mem=900",
+         f"--export=ALL,PROJECT={ROOT},OMP_NUM_THREADS=1")  # fmt: skip
 LONG = [o for o in TOY if not o.startswith(("collector.total_frames", "logger.interval"))] + [
     "collector.total_frames=400000", "logger.interval_frames=960",
     "checkpoint.interval_frames=9600", "evaluation.final=false",
@@ -93,7 +94,7 @@ def test_a_job_file_is_continued_by_its_id(slurm: Slurm, tmp_path: Path) -> None
 
 def test_a_container_without_pyxis_is_an_error(slurm: Slurm, tmp_path: Path) -> None:
     container = (f"--export=ALL,PROJECT={ROOT},CONTAINER=image",)
-    job = slurm.submit("--partition=low", *SMALL[:2], *container, SCRIPT, cwd=tmp_path)
+    job = slurm.submit("--partition=low", *SMALL[:3], *container, SCRIPT, cwd=tmp_path)
     slurm.wait(lambda: slurm.state(job) in ENDED, 60)
     assert slurm.state(job) == "FAILED"
     assert "no --container-image (pyxis)" in (tmp_path / f"slurm-{job}.log").read_text()
