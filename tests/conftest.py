@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -17,6 +18,11 @@ os.environ.setdefault("TD_GET_DEFAULTS_TO_NONE", "1")
 if not torch.cuda.is_available():
     # Kernels run in Triton's interpreter; it must be chosen before anything imports triton.
     os.environ["TRITON_INTERPRET"] = "1"
+
+EMBEDDED = importlib.util.find_spec("mjlab") is not None
+"""Whether the embedded simulator is installed; in Isaac Lab's container it is not."""
+embedded = pytest.mark.skipif(not EMBEDDED, reason="the embedded simulator is not installed")
+collect_ignore = [] if EMBEDDED else ["test_tasks.py", "test_direct.py", "test_mjlab.py"]
 
 # A run of seconds: the toy simulator and networks of a few thousand parameters.
 TOY = [

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import results
+from conftest import embedded
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["size=tiny", "env.num_envs=8", "evaluation.num_envs=0", "replay_buffer.size=2000",
@@ -47,6 +48,7 @@ def test_replay() -> None:
     assert out["work"]["records"] == 2000
 
 
+@embedded
 @pytest.mark.slow
 def test_pipeline_counts_both_sides() -> None:
     out = bench("pipeline", *SMALL, "collector=thread", "optimization.replay_ratio_floor=0",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import embedded
 
 from dreamer_isaac.cli import compose
 from dreamer_isaac.config import ConfigError, build, to_dict
@@ -81,6 +82,7 @@ def test_defaults_of_a_run_from_pixels() -> None:
     assert compose(["experiment=cartpole_rgb"]).env.num_envs == 256
 
 
+@embedded
 def test_the_bottom_layer_imports_no_torch() -> None:
     code = (
         "import sys; import dreamer_isaac.config, dreamer_isaac.cli, dreamer_isaac.launch;"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import embedded
 
 from dreamer_isaac import cli
 from dreamer_isaac.cli import compose
@@ -79,6 +80,7 @@ def test_grid_and_labels() -> None:
     assert text.shape == (40, 60, 3) and text.max() > 200 and (pictures[0] == 50).all()
 
 
+@embedded
 def test_an_episode_is_cut_off_and_says_why() -> None:
     cfg = compose(["env.name=Isaac-Cartpole-v0", "env.num_envs=4", "evaluation.num_envs=1",
                    "mode=evaluate", "evaluation.policy=zero", "evaluation.max_steps=30",

@@ -222,7 +222,7 @@ def test_last_reward_of_an_episode_is_trained_and_the_reset_observation_is_not_u
     other["obs"][1, 3:] = -20 * other["obs"][1, 3:] + 30
     moved = learner.observe(other, noise).arrival
     torch.testing.assert_close(moved[1, :3], arrival[1, :3], rtol=0, atol=0)
-    assert not torch.equal(moved[1, 3], arrival[1, 3])
+    assert not torch.equal(moved[1, 3:], arrival[1, 3:])
 
 
 def test_replay_critic_bootstraps_through_truncation_and_not_through_termination() -> None:
