@@ -117,6 +117,16 @@ def test_several_nodes_need_a_launcher(tmp_path: Path, monkeypatch: pytest.Monke
         jobs.load(str(write(tmp_path / "job.json", content)))
 
 
+def test_a_task_of_an_array_trains_a_seed_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_BATCH_JOB_ID", "1234:2")
+    monkeypatch.setenv("AWS_BATCH_JOB_ARRAY_INDEX", "2")
+    path = write(tmp_path / "t.json", job("train", seed=10))
+    cfg, running = cli.read([f"job={path}"])
+    assert running is not None and running.job.id == "1234-2" and cfg.env.seed == 12
+
+
 # -- which checkpoint ----------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def test_a_torch_that_was_changed_is_an_error(container: dict[str, str], tmp_pat
     )
     done = run(container | {"PYTHONPATH": str(lie)}, "--build-only")
     assert done.returncode == 1
-    assert "torch was 2.7.0 and is 2.7.1 now" in done.stderr
+    assert re.search(r"torch was 2.7.0 and is 2.7.[1-9] now", done.stderr), done.stderr
 
 
 def test_it_runs_and_passes_signals_on(container: dict[str, str], tmp_path: Path) -> None:

@@ -127,6 +127,12 @@ def nodes() -> tuple[int, int]:
     return 1, 0
 
 
+def array_index() -> int:
+    """Which task of an array this is, 0 without one: every task trains a seed of its own."""
+    given = os.environ.get("AWS_BATCH_JOB_ARRAY_INDEX") or os.environ.get("SLURM_ARRAY_TASK_ID")
+    return int(given) if given and given.isdigit() else 0
+
+
 def load(cfg_path: str, job_id: str = "", output: str = "", root: str = "") -> Job:
     """Read and check a job file and find what it needs.
 
@@ -305,8 +311,8 @@ def overrides_of(
     """
     s = job.settings
     own = [f"env.name={s['task']}", f"env.num_envs={s['numEnvs']}"]
-    seed = s.get("seed", 0) + job.node
-    own += [f"env.seed={seed}"] if "seed" in s or job.node else []
+    offset = job.node + array_index()
+    own += [f"env.seed={s.get('seed', 0) + offset}"] if "seed" in s or offset else []
     given = [*s.get("overrides", []), *more]
     if s["mode"] == "evaluate":
         return [*own, "mode=evaluate", f"evaluation.episodes={s['numEpisodes']}",
