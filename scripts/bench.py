@@ -264,6 +264,8 @@ def resources(torch: Any) -> dict[str, float]:
     if torch.cuda.is_available():
         devices = range(torch.cuda.device_count())
         out["gpu_mib"] = sum(torch.cuda.memory_reserved(i) for i in devices) // 2**20
+        free = [torch.cuda.mem_get_info(i) for i in devices]  # simulator and other programs too
+        out["device_mib"] = sum(total - left for left, total in free) // 2**20
     return out
 
 

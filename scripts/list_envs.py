@@ -7,6 +7,21 @@ import argparse
 from dreamer_isaac.config import EMBEDDED_TASKS, isaaclab_available, module_exists
 
 
+def isaaclab(word: str) -> None:
+    """Isaac Lab's ids; 2.x registers them only in a running Isaac Sim."""
+    from dreamer_isaac.launch import isaaclab_is_3
+
+    if not isaaclab_is_3():
+        print("isaaclab  2.x lists its own: isaaclab.sh -p scripts/environments/list_envs.py")
+        return
+    import gymnasium
+    import isaaclab_tasks  # noqa: F401  # pyright: ignore[reportMissingImports]
+
+    for name in sorted(gymnasium.registry):
+        if name.startswith("Isaac-") and word.lower() in name.lower():
+            print(f"isaaclab  {name}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("word", nargs="?", default="", help="only ids that contain this")
@@ -22,7 +37,7 @@ def main() -> None:
     else:
         print("mjlab     not installed (bash setup-and-run.sh --build-only)")
     if isaaclab_available():
-        print("isaaclab  installed; its backend is not built yet")
+        isaaclab(arguments.word)
     else:
         print("isaaclab  not installed")
 
