@@ -9,6 +9,7 @@ from typing import Any
 import doctor
 import pytest
 import torch
+from conftest import embedded
 
 
 def by_name() -> dict[str, doctor.Finding]:
@@ -20,6 +21,7 @@ def test_every_no_says_what_would_change_it() -> None:
         assert finding.ok or finding.remedy, finding
 
 
+@embedded
 def test_what_is_here_is_found(capsys: Any) -> None:
     assert doctor.main(["--json"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -31,6 +33,7 @@ def test_what_is_here_is_found(capsys: Any) -> None:
     assert len(screen.splitlines()) < 40 and "It can train" in screen
 
 
+@embedded
 def test_a_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "SECRET-KEY")
     doctor.main([])
