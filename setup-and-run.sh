@@ -189,11 +189,12 @@ end_orphans() {
 # isaac_run ARGUMENTS...: Isaac Lab's Python in a process group of its own. Its wrappers are shells that
 # die of a signal and leave Python running, so the group is signalled and waited for.
 isaac_run() {
-  local child mark code=0
+  local child mark left pid tenths code=0
   mkdir -p "$here/.pids"
   end_orphans
   mark="$here/.pids/$$.$(date +%s%N)"
-  DREAMER_ISAAC_RUN="$mark" setsid "$isaaclab/isaaclab.sh" -p "$@" &
+  # What bash starts in the background ignores SIGINT unless told otherwise.
+  DREAMER_ISAAC_RUN="$mark" env --default-signal=INT setsid "$isaaclab/isaaclab.sh" -p "$@" &
   child=$!
   echo "$$ $(started $$) $child" >"$mark"
   trap 'kill -TERM -- "-$child" 2>/dev/null' TERM
@@ -202,7 +203,18 @@ isaac_run() {
     code=0; wait "$child" || code=$?
     kill -0 "$child" 2>/dev/null || break
   done
-  while [ -n "$(members "$child" "$mark")" ]; do sleep 0.2; done
+  # Python is still saving if a signal ended its wrapper; what is left after that is no use.
+  for ((tenths = 0; tenths < ${DREAMER_ISAAC_PATIENCE:-120} * 10; tenths++)); do
+    [ -n "$(members "$child" "$mark")" ] || break
+    sleep 0.1
+  done
+  for signal in TERM KILL; do
+    left="$(members "$child" "$mark")"
+    [ -n "$left" ] || break
+    echo "ending what the run left behind: $(tr '\n' ' ' <<<"$left")" >&2
+    while read -r pid; do kill -s "$signal" "$pid" 2>/dev/null || true; done <<<"$left"
+    sleep 2
+  done
   rm -f "$mark"
   return $code
 }
@@ -218,11 +230,13 @@ if [ -n "$isaaclab" ]; then
     gpus="$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | head -n 2 | paste -sd,)"
     [ -z "$gpus" ] || export CUDA_VISIBLE_DEVICES="$gpus"
   fi
-  stamp="$here/.isaaclab-stamp"
+  # Beside the packages and not beside this file: the project may be mounted into a fresh container.
+  stamp="$(isaac -c 'import sysconfig; print("IN", sysconfig.get_path("purelib"))' | sed -n 's/^IN //p')"
+  stamp="$stamp/dreamer_isaac.stamp"
   now="$(cat "$here/requirements-container.lock" "$here/pyproject.toml" | sha256sum) $isaaclab"
   if [ "$(cat "$stamp" 2>/dev/null)" != "$now" ]; then
     was="$(isaac -c 'from importlib.metadata import version
-print("WAS", *(f"{n}={version(n)}" for n in ("torch", "numpy")))' | sed -n 's/^WAS //p')"
+print("WAS", *(f"{n}={version(n)}" for n in ("torch", "numpy")))' 2>/dev/null | sed -n 's/^WAS //p')" || true
     [ -n "$was" ] || die "$isaaclab/isaaclab.sh -p has no torch and numpy."
     network="It needs the Python package index (a network, or pip's settings for a proxy or mirror)."
     step "Adding packages to Isaac Lab's Python ($was)" "$network" \

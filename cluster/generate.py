@@ -41,10 +41,9 @@ mkdir -p "$run"
 bash setup-and-run.sh --python -m tensorboard.main \\
   --logdir "$run" --host 0.0.0.0 --port {d["port"]} &
 tensorboard=$!
+trap 'kill "$tensorboard" 2>/dev/null || true' EXIT # or the task would not end
 bash setup-and-run.sh {train} logger.backend=tensorboard run.dir="$run/train"
 bash setup-and-run.sh {evaluate} mode=evaluate checkpoint="$run/train" run.dir="$run/play"
-kill "$tensorboard" # or the task would not end
-wait "$tensorboard" || true
 """
 
 

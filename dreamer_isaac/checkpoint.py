@@ -82,6 +82,8 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("*.partial"):
                 shutil.rmtree(leftover)
+            for leftover in self.folder.glob("model_*.partial.pt"):
+                leftover.unlink()
             partial.mkdir()
             files = {}
             for part, state in parts.items():

@@ -214,6 +214,7 @@ def report(
             views["open_loop.mp4"] = loop.video
     videos = [folder / "videos" / name for name in views]
     for path, frames in zip(videos, views.values(), strict=True):
+        path.unlink(missing_ok=True)  # an older one must not pass for this one
         _write_video(path, frames, 1 / env.info.step_dt, console)
     page = report_page(cfg, env.info.backend, summary, pictures, [v for v in videos if v.exists()])
     (folder / "report.html").write_text(page)
@@ -242,6 +243,11 @@ def evaluate_run(cfg: Config, folder: Path, console: Console) -> int:
     """`mode=evaluate`: a trained policy, or a baseline without one."""
     device, _ = devices(cfg)
     state: dict[str, Any] | None = None
+    if (folder / "checkpoints").exists():  # its metrics and summary would be overwritten
+        raise ConfigError([
+            f"run.dir={folder} is a training run's. Remedy: another run.dir, or none, for what is "
+            "evaluated."
+        ])  # fmt: skip
     if cfg.evaluation.policy == "trained":
         found = checkpoint.find(cfg.checkpoint.path)
         state = checkpoint.load(found, ["networks"], device)

@@ -376,7 +376,10 @@ def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
     published = learner.updates
     most = cfg.optimization.max_updates or sys.maxsize
     with run.collector as collector:
-        while run.frames < cfg.collector.total_frames and not stop.number:
+        done = run.frames >= cfg.collector.total_frames or bool(stop.number)
+        # A signal may come between any two lines: what ends the loop is `done`, which is looked at
+        # once a turn, before the turn's save.
+        while not done:
             arrived = collector.step(wait=not run.limiter.owes(replay.ready))
             run.frames += arrived
             run.limiter.collected(run.frames, arrived // cfg.env.num_envs * replay.envs)

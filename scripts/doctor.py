@@ -164,13 +164,17 @@ def wandb() -> Finding:
 
 def findings() -> list[Finding]:
     """Everything, in the order in which it is shown."""
-    found = python() + torch_and_gpus()
-    for part in (simulators, pictures):
+    found = python()
+    parts = (torch_and_gpus, simulators, pictures, lambda: [disk(ROOT / "runs")],
+             lambda: [assets()], lambda: [wandb()])  # fmt: skip
+    for part in parts:
         try:
             found += part()
         except Exception as e:  # one broken package must not hide the rest
-            found.append(Finding(part.__name__, False, f"{type(e).__name__}: {e}", INSTALL))
-    return [*found, disk(ROOT / "runs"), assets(), wandb()]
+            what = "torch" if part is torch_and_gpus else part.__name__
+            says = f"{type(e).__name__}: {e}"
+            found.append(Finding(what, False, says, INSTALL, needed=part is torch_and_gpus))
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:

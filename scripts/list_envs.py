@@ -14,7 +14,7 @@ def isaaclab(word: str) -> None:
     if not isaaclab_is_3():
         print("isaaclab  2.x lists its own: isaaclab.sh -p scripts/environments/list_envs.py")
         return
-    import gymnasium
+    import gymnasium  # pyright: ignore[reportMissingImports]
     import isaaclab_tasks  # noqa: F401  # pyright: ignore[reportMissingImports]
 
     for name in sorted(gymnasium.registry):

@@ -265,6 +265,40 @@ def test_a_rejected_job_of_a_scheduler_says_so(
     assert result["error"][0].startswith("trainingConfig.size is unknown")
 
 
+@pytest.mark.parametrize("wrong", ["..", "../x", "training", "a/b", "a b"])
+def test_ids_that_would_leave_the_asset(tmp_path: Path, wrong: str, capsys: Any) -> None:
+    path = write(tmp_path / "asset" / "training" / "t.json", job("train"))
+    assert cli.run([f"job={path}", f"job.id={wrong}"]) == 2
+    assert "job.id=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["optimization.replay_ratio=0", "env.num_envs=0",
+                                   "collector.frames_per_batch=abc"])  # fmt: skip
+def test_impossible_overrides_are_mistakes(tmp_path: Path, wrong: str, capsys: Any) -> None:
+    path = write(tmp_path / "t.json", job("train", overrides=[wrong]))
+    assert cli.run([f"job={path}"]) == 2
+    assert wrong.partition("=")[0] in capsys.readouterr().err
+
+
+def test_an_evaluation_does_not_overwrite_a_training(trained: Path) -> None:
+    before = (trained / "first" / "metrics.csv").read_bytes()
+    wanted = job("evaluate", checkpointPath="checkpoints/model_6.pt")
+    path = write(trained / "evaluation" / "e.json", wanted)
+    assert cli.run(["env.backend=toy", f"job={path}", "job.id=first"]) == 2
+    assert (trained / "first" / "metrics.csv").read_bytes() == before
+
+
+def test_a_leftover_of_a_kill_costs_nothing(trained: Path) -> None:
+    leftover = trained / "first" / "checkpoints" / "model_7.partial.pt"
+    leftover.write_bytes(b"half")
+    path = trained / "training" / "cartpole-training-config.json"
+    content = json.loads(path.read_text())
+    content["trainingConfig"]["maxIterations"] = 8
+    assert cli.run([*AS_TOY, f"job={write(path, content)}", "job.id=first"]) == 0
+    result = json.loads((trained / "first" / "result.json").read_text())
+    assert result["checkpoints"][-1] == "model_8.pt" and not leftover.exists()
+
+
 def test_overrides_of_the_file_and_of_the_command_line(tmp_path: Path) -> None:
     content = job("train", overrides=["size=1m", "env.num_envs=64"], seed=3)
     path = write(tmp_path / "t.json", content)

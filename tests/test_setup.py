@@ -68,6 +68,19 @@ def test_alone_it_fetches_the_project_and_changes_nothing_of_isaac_labs(
     assert again.returncode == 0 and "Checking" not in again.stderr  # once is enough
 
 
+def test_a_fresh_container_with_the_same_project_is_installed_again(
+    container: dict[str, str], tmp_path: Path
+) -> None:
+    """The project is mounted, the packages are the container's own."""
+    assert run(container, "--build-only").returncode == 0
+    other = tmp_path / "fresh"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(other)], check=True)
+    wrapper = Path(container["ISAACLAB_PATH"]) / "isaaclab.sh"
+    wrapper.write_text(WRAPPER.format(python=other / "bin" / "python"))
+    done = run(container, "--build-only")
+    assert done.returncode == 1 and "has no torch and numpy" in done.stderr
+
+
 def test_alone_without_a_repository_it_says_how(container: dict[str, str]) -> None:
     del container["DREAMER_ISAAC_REPOSITORY"]
     done = run(container)

@@ -211,6 +211,46 @@ def test_a_difference_is_found_and_mended(server: Server, tmp_path: Path) -> Non
     assert publisher.close(5) == [] and there("s3://asset/x") == {"a.json": b"[1, 2]"}
 
 
+def test_a_checkpoint_is_complete_there_before_it_is_named(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file of it is refused: neither `meta.json` nor `latest` may say that it is there."""
+    folder = tmp_path / "run" / "checkpoints"
+    for name in ("5/learner.pt", "5/networks.pt", "5/meta.json", "latest"):
+        write(folder / name, name)
+    publisher = Publisher(tmp_path / "run", "s3://asset/x")
+    send = publisher._send
+
+    def refuse(fs: Any, target: str, path: Path) -> None:
+        if path.name == "networks.pt":
+            raise OSError("please reduce your request rate")
+        send(fs, target, path)
+
+    monkeypatch.setattr(publisher, "_send", refuse)
+    assert publisher.close(patience=0)
+    assert list(there("s3://asset/x")) == ["checkpoints/5/learner.pt"]
+    monkeypatch.undo()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+
+
+def test_the_newer_checkpoint_is_taken(server: Server, tmp_path: Path) -> None:
+    """A machine that had the job before has an older one than the store."""
+    fs = filesystem("s3://asset")[0]
+    for name, files in (("000300", ["a.pt"]), ("000900", ["a.pt"]), ("001200", [])):
+        meta = json.dumps({"files": {"a.pt": {}}}).encode()
+        fs.pipe_file(f"asset/x/checkpoints/{name}/meta.json", meta)
+        for file in files:
+            fs.pipe_file(f"asset/x/checkpoints/{name}/{file}", name.encode())
+    write(tmp_path / "checkpoints" / "000300" / "meta.json", {})
+    fetch_run("s3://asset/x", tmp_path)
+    assert (tmp_path / "checkpoints" / "000900" / "a.pt").read_text() == "000900"
+    assert not (tmp_path / "checkpoints" / "001200").exists()  # its file is missing there
+    write(tmp_path / "checkpoints" / "002000" / "meta.json", {})
+    (tmp_path / "checkpoints" / "000900" / "a.pt").unlink()
+    fetch_run("s3://asset/x", tmp_path)  # this machine is further
+    assert not (tmp_path / "checkpoints" / "000900" / "a.pt").exists()
+
+
 def test_an_unfinished_checkpoint_is_not_fetched(server: Server, tmp_path: Path) -> None:
     fs = filesystem("s3://asset")[0]
     fs.pipe_file("asset/x/checkpoints/latest", b"5\n")

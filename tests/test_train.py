@@ -426,6 +426,29 @@ def test_a_crash_in_the_collectors_thread_saves_and_ends_with_1(
     assert "in _run" in (run / "traceback.txt").read_text()
 
 
+def test_a_signal_after_the_turns_decision_is_saved_too(
+    toy_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came between the save and the loop's condition, and everything since the last checkpoint
+    was lost."""
+    from dreamer_isaac.logger import Console
+
+    calls = []
+    show = Console.progress
+
+    def progress(self: Console, text: str, keep: bool) -> None:
+        calls.append(text)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        show(self, text, keep)
+
+    monkeypatch.setattr(Console, "progress", progress)
+    assert main(compose([*toy_overrides, "checkpoint.interval_frames=1000000"])) == 143
+    run = folder(toy_overrides)
+    saved = checkpoint.read_meta(checkpoint.find(run))
+    assert saved["frames"] == int(float(metrics(run)[-1]["frames"])) == 6 * 96
+
+
 @pytest.mark.parametrize(
     ("number", "code", "kind"),
     [(signal.SIGINT, 130, "sync"), (signal.SIGTERM, 143, "sync"), (signal.SIGINT, 130, "thread")],

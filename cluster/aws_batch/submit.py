@@ -111,7 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     import boto3
 
     client = boto3.client("batch", region_name=a.region)
-    client.register_job_definition(**definition)
+    # By this revision, not by name: somebody else may register another one now.
+    job["jobDefinition"] = client.register_job_definition(**definition)["jobDefinitionArn"]
     print(client.submit_job(**job)["jobId"])
     return 0
 

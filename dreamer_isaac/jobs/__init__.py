@@ -26,6 +26,8 @@ from dreamer_isaac.jobs.store import Folder, Publisher, StoreError, fetch_run, i
 SCHEMA = Path(__file__).with_name("schema.json")
 PARENTS = 2
 """Folders above the job file's own that still belong to its asset, unless `job.root` says more."""
+RESERVED = ("training", "evaluation", "checkpoints")
+"""Folders of an asset that no job's output may be named like."""
 CONFIG_NAMES = {"train": "training-config.json", "evaluate": "evaluation-config.json"}
 
 
@@ -161,24 +163,30 @@ def load(cfg_path: str, job_id: str = "", output: str = "", root: str = "") -> J
     count, index = nodes()
     compute = content.get("computeConfig") if isinstance(content, dict) else None
     wanted = compute.get("numNodes") if isinstance(compute, dict) else None
-    if isinstance(wanted, int) and not isinstance(wanted, bool) and wanted > 1:
-        if settings.get("mode") == "evaluate":
+    if isinstance(wanted, int) and not isinstance(wanted, bool):
+        if settings.get("mode") == "evaluate" and wanted > 1:
             found.append(f"computeConfig.numNodes: {wanted}, but an evaluation runs on 1.")
-        elif wanted != count:
+        elif wanted != count and wanted > 0:
             found.append(
                 f"computeConfig.numNodes: {wanted}, but this job was started on {count}. Remedy: "
-                "submit it with cluster/aws_batch/submit.py or cluster/slurm, which start one "
-                "process a node, or 1."
+                "the number of nodes that it is submitted with (cluster/aws_batch/submit.py "
+                "--nodes), or 1 and one node."
             )
     job_id = job_id or scheduled() or str(uuid.uuid4())
+    if not re.fullmatch(r"\w[\w.-]*", job_id) or job_id in RESERVED:
+        raise JobError([f"job.id={job_id}: letters, digits, '.', '_' and '-' make an id, and "
+                        f"{', '.join(RESERVED)} are taken."], cfg_path)  # fmt: skip
     base = output.rstrip("/") or asset_of(folder).url
-    target = Folder(base).below(job_id)
-    if index:
+    if is_remote(base) and not re.fullmatch(r"[a-z0-9+]+://[^/]+(/.*)?", base):
+        raise JobError([f"job.output={output}: an URL needs a bucket, s3://bucket/folder."],
+                       cfg_path)  # fmt: skip
+    target = Folder(base if is_remote(base) else os.path.abspath(base)).below(job_id)
+    if count > 1:  # none inside another's, which may be uploading its own
         target = target.below(f"node-{index}")
     local = Path("runs") / "jobs" / target.url.split("://")[-1] if is_remote(base) else Path(
         target.url
     )  # fmt: skip
-    job = Job(content, text, cfg_path, job_id, target.url, local, index if (wanted or 1) > 1 else 0)
+    job = Job(content, text, cfg_path, job_id, target.url, local, index)
     if settings.get("mode") == "evaluate":
         try:
             job.checkpoint, note = find_checkpoint(folder, settings, root)
@@ -193,7 +201,8 @@ def load(cfg_path: str, job_id: str = "", output: str = "", root: str = "") -> J
 def asset_of(folder: Folder) -> Folder:
     """The asset that a job file belongs to: its folder, or the one above `training/` and
     `evaluation/`."""
-    return folder.parent() if folder.name in ("training", "evaluation") else folder
+    inside = folder.name in ("training", "evaluation") and not folder.is_top()
+    return folder.parent() if inside else folder
 
 
 # -- checkpoints ---------------------------------------------------------------------------------
@@ -234,6 +243,7 @@ def _by_path(folder: Folder, wanted: str, task: str, root: str) -> tuple[str, st
         raise StoreError(
             f"trainingConfig.checkpointPath: {wanted!r} must be relative, without '..'."
         )
+    root = root if is_remote(root) or not root else os.path.abspath(root)
     places = [folder]
     while not places[-1].is_top() and (
         places[-1].url != root.rstrip("/") if root else len(places) <= PARENTS
@@ -321,7 +331,12 @@ def overrides_of(
     # Evaluating is a job of its own, with fewer envs than a training has.
     own += [f"optimization.max_updates={s['maxIterations']}", "checkpoint.models=true",
             "evaluation.final=false"]  # fmt: skip
-    return [*own, *_fitted(values([*own, *given]), given), *given]
+    raw = values([*own, *given])
+    try:
+        fitted = _fitted(raw, given)
+    except (TypeError, ValueError, ZeroDivisionError):  # of an override; it is complained about
+        fitted = []
+    return [*own, *fitted, *given]
 
 
 def _fitted(raw: dict[str, Any], given: list[str]) -> list[str]:
@@ -396,7 +411,11 @@ class Running:
 
     def finish(self, code: int) -> int:
         """Write `result.json`, upload the rest; returns the exit code."""
-        self._write(code, [])
+        try:
+            self._write(code, [])
+        except (OSError, ValueError) as e:  # a full disk: what is there is uploaded all the same
+            print(f"error: result.json cannot be written: {e}", flush=True)
+            code = code or 1
         if not self.publisher:
             return code
         left = self.publisher.close(self.patience)
@@ -433,8 +452,9 @@ class Running:
         summary = folder / "summary.json"
         if code == 0 and summary.exists():
             result["summary"] = json.loads(summary.read_text())
-        models = (folder / "checkpoints").glob("model_*.pt")
-        result["checkpoints"] = sorted((p.name for p in models), key=lambda n: int(n[6:-3]))
+        there = (folder / "checkpoints").glob("model_*.pt")
+        models = [m for m in (re.fullmatch(r"model_(\d+)\.pt", p.name) for p in there) if m]
+        result["checkpoints"] = [m[0] for m in sorted(models, key=lambda m: int(m[1]))]
         temporary = folder / "result.json.partial"
         temporary.write_text(json.dumps(result, indent=2) + "\n")
         temporary.replace(folder / "result.json")
