@@ -120,6 +120,9 @@ pip_install() {
 }
 
 
+# Neither of the next two installs the project itself, which its scripts import.
+[ -z "$isaaclab" ] && [ "$mode" != container ] || export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+
 # -- Isaac Lab's own Python: add what is missing, touch nothing -----------------------------------
 
 isaac() { "$isaaclab/isaaclab.sh" -p "$@"; }
