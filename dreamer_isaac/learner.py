@@ -175,6 +175,8 @@ class Learner:
         self._graphs: dict[Any, Captured] = {}
         self.phases = Phases(self.device, enabled=False)
         """What times the update's phases; to be set before the first update."""
+        self.ahead = 2
+        """Updates that may be under way when another one is launched."""
         self._launched: list[torch.cuda.Event] = []
 
     def _make_optimizer(self, optimization: OptimizationConfig) -> FlatOptimizer:
@@ -248,8 +250,11 @@ class Learner:
                 self._graphs["source"] = Captured(self, source)
             assert self._graphs["source"].source is source
             graph = self._graphs["source"]
-            metrics, _ = graph()
             self._keep_pace()
+            metrics, _ = graph()
+            event = torch.cuda.Event(blocking=True)  # sleeps instead of spinning
+            event.record(torch.cuda.current_stream(self.device))
+            self._launched.append(event)
             marks = graph.marks
         else:
             metrics, _ = self._update(source)
@@ -259,12 +264,9 @@ class Learner:
         return metrics
 
     def _keep_pace(self) -> None:
-        """Let the host run at most one update ahead of the device: weights are published, and the
+        """Wait until no more than `ahead` updates are under way: weights are published, and the
         replay ratio counted, when updates are launched."""
-        event = torch.cuda.Event(blocking=True)  # sleeps instead of spinning
-        event.record(torch.cuda.current_stream(self.device))
-        self._launched.append(event)
-        if len(self._launched) > 2:
+        while len(self._launched) > self.ahead:
             self._launched.pop(0).synchronize()
 
     def _update(

@@ -52,12 +52,18 @@ def measure(task: str, envs: int, overrides: list[str], seconds: float) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--task", default="Isaac-Ant-v0")
-    parser.add_argument("--envs", type=int, nargs="+", default=[256, 1024, 4096, 16384])
+    parser.add_argument("--envs", nargs="+", default=["256", "1024", "4096", "16384"])
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("overrides", nargs="*", help="key=value, as for dreamer_isaac.py")
-    arguments, more = parser.parse_known_args()
-    for envs in arguments.envs:
-        found = measure(arguments.task, envs, [*arguments.overrides, *more], arguments.seconds)
+    arguments = parser.parse_args()
+    # Overrides that follow the numbers are among them.
+    overrides = arguments.overrides + [x for x in arguments.envs if "=" in x]
+    numbers = [x for x in arguments.envs if "=" not in x]
+    odd = [x for x in numbers if not x.isdigit()]
+    if odd:
+        parser.error(f"argument --envs: {odd[0]!r} is no number of envs")
+    for envs in map(int, numbers):
+        found = measure(arguments.task, envs, overrides, arguments.seconds)
         print(json.dumps(found), flush=True)
 
 

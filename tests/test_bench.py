@@ -59,6 +59,17 @@ def test_pipeline_counts_both_sides() -> None:
     assert out["work"]["collector"] == "Thread" and out["both/resources"]["threads"][-1] > 1
 
 
+def test_memory_is_measured_with_overrides_and_says_what_went_wrong() -> None:
+    script = [sys.executable, "scripts/measure_memory.py", "--task", "Isaac-Toy-v0"]
+    run = {"capture_output": True, "text": True, "cwd": ROOT}
+    done = subprocess.run([*script, "--envs", "4", "8", "replay_buffer.sice=3"], **run)  # type: ignore[call-overload]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [f["envs"] for f in found] == [4, 8], done.stderr
+    assert all("replay_buffer.sice" in f["error"] for f in found), found
+    done = subprocess.run([*script, "--envs", "four"], **run)  # type: ignore[call-overload]
+    assert done.returncode == 2 and "'four' is no number of envs" in done.stderr
+
+
 def test_the_table_is_what_the_results_say(tmp_path: Path) -> None:
     readme = (ROOT / "README.md").read_text()
     shown = readme.split(results.START)[1].split(results.END)[0].strip()

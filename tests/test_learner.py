@@ -358,6 +358,24 @@ def test_records_in_another_memory_travel_and_latents_return() -> None:
     assert torch.equal(near.flat, far.flat)
 
 
+@pytest.mark.parametrize(("ahead", "waited_for"), [(0, [0, 1, 2]), (1, [0, 1]), (2, [0])])
+def test_a_launch_waits_for_all_but_the_updates_that_may_be_ahead(
+    ahead: int, waited_for: list[int]
+) -> None:
+    class Event:
+        def __init__(self, number: int):
+            self.number = number
+
+        def synchronize(self) -> None:
+            ended.append(self.number)
+
+    ended: list[int] = []
+    learner = make_learner()
+    learner.ahead, learner._launched = ahead, [Event(i) for i in range(3)]  # type: ignore[misc]
+    learner._keep_pace()
+    assert ended == waited_for and len(learner._launched) == ahead
+
+
 def test_a_nan_is_noticed() -> None:
     learner = make_learner()
     batch = make_batch()
