@@ -27,7 +27,7 @@ USAGE = """usage: python dreamer_isaac.py [--offline] [--cfg] [--help] [key=valu
   size=tiny|1m|12m|...            the size of the networks
   experiment=NAME                 a file of conf/experiment
   run.dir=FOLDER                  results go there; the same command again resumes
-  mode=evaluate checkpoint=RUN    deterministic episodes of a trained policy
+  mode=evaluate checkpoint=RUN    deterministic episodes of a trained policy on its task
   mode=export checkpoint=RUN      its policy as ONNX and TorchScript
   job=FILE.json|s3://...          a job file of a pipeline: train or evaluate (docs/jobs.md)
   --offline                       Isaac Lab's assets from a local mirror (assets.offline=true)
@@ -207,7 +207,7 @@ def read(overrides: list[str]) -> tuple[Config, Running | None]:
     """
     named = [o.partition("=")[2] for o in overrides if o.startswith(("job=", "job.path="))]
     if not named or not named[-1]:
-        return compose(overrides), None
+        return compose([*_task_of_checkpoint(overrides), *overrides]), None
     from dreamer_isaac import jobs
 
     own = compose_unchecked(overrides)["job"]
@@ -222,6 +222,25 @@ def read(overrides: list[str]) -> tuple[Config, Running | None]:
             jobs.Running(e.job).reject(e.problems)
         raise
     return cfg, jobs.Running(job)
+
+
+def _task_of_checkpoint(overrides: list[str]) -> list[str]:
+    """Overrides with the task that a policy was trained on, where the command line names a
+    checkpoint to evaluate or export and no task."""
+    from dreamer_isaac import checkpoint
+
+    given: dict[str, str] = {k: v for k, _, v in (o.partition("=") for o in overrides)}
+    path = given.get("checkpoint", given.get("checkpoint.path", "")).strip("'\"")
+    if given.get("mode") not in ("evaluate", "export") or not path:
+        return []
+    if {"env.name", "experiment"} & given.keys():
+        return []
+    try:
+        env = checkpoint.read_meta(checkpoint.find(path))["config"]["env"]
+    except checkpoint.CheckpointError:
+        return []  # complained about where the log is open
+    imported = [f"env.import={env['import']}"] if env.get("import") else []
+    return [f"env.name={env['name']}", *imported]
 
 
 def execute(cfg: Config) -> int:

@@ -47,7 +47,14 @@ def choose_backend(cfg: Config) -> tuple[str, str]:
             f"env.backend={asked} needs mjlab, which is not installed here. Remedy: "
             "bash setup-and-run.sh --build-only, then .venv/bin/python dreamer_isaac.py ..."
         ])  # fmt: skip
-    return "mjlab", "asked for" if asked == "mjlab" else "Isaac Lab is not installed"
+    if asked == "mjlab":
+        return "mjlab", "asked for"
+    if isaaclab_available():
+        return (
+            "mjlab",
+            "a task of mjlab's or of env.import; env.backend=isaaclab is the other choice",
+        )
+    return "mjlab", "Isaac Lab is not installed"
 
 
 def _mjlab_id(cfg: Config) -> bool:

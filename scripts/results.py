@@ -5,7 +5,8 @@
     python scripts/results.py --check    fail if README.md says something else
 
 A line of such a file is what `bench.py` printed, with `date`, `commit` and, for the learner's
-start, `cache` (cold or warm) added. Of runs of the same work on the same hardware the last counts.
+start, `cache` (cold or warm) added. Of runs of the same work on the same hardware the last counts;
+one that is `outdated` (the reason why) is not shown.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def newest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         starts = kept.get(key, {}).get("starts", {})
         seconds = result.get("process_start_to_first_update_seconds")
         if seconds and result.get("cache"):
-            starts = starts | {result["cache"]: seconds}
+            starts = starts | {result["cache"]: (seconds, result["commit"])}
         kept[key] = result | {"starts": starts}
     return list(kept.values())
 
@@ -70,7 +71,11 @@ def describe(r: dict[str, Any]) -> tuple[str, str, str]:
             theirs = r["torchrl"]
             text += (f"; TorchRL in the same run {theirs['update_ms']['median']:.1f} ms "
                      f"({theirs['times_slower']:.1f} times slower)")  # fmt: skip
-        starts = [f"{v:.0f} s with a {k} cache" for k, v in sorted(r["starts"].items())]
+        starts = [
+            f"{seconds:.0f} s with a {cache} cache"
+            + ("" if commit == r["commit"] else f" ({commit})")
+            for cache, (seconds, commit) in sorted(r["starts"].items())
+        ]
         if starts:
             text += f"; first update after {', '.join(starts)}"
         return f"one update: {work}", hardware, text
@@ -81,8 +86,8 @@ def describe(r: dict[str, Any]) -> tuple[str, str, str]:
 
         text = (
             f"together {thousands(rate('both', 'frames'))} frames/s and "
-            f"{rate('both', 'updates'):.1f} updates/s; alone "
-            f"{thousands(rate('collect', 'frames'))} and {rate('learn', 'updates'):.1f}"
+            f"{rate('both', 'updates'):.1f} updates/s; the collector alone "
+            f"{thousands(rate('collect', 'frames'))}, the learner alone {rate('learn', 'updates'):.1f}"
         )
         return f"collect and learn: {w['task']}, {w['envs']} envs, {work}", hardware, text
     if r["bench"] == "collect":
@@ -98,7 +103,7 @@ def table(folder: Path) -> str:
     """The table as Markdown."""
     rows = ["| work | hardware | result | run |", "|---|---|---|---|"]
     order = {"learner": 0, "pipeline": 1, "collect": 2, "replay": 3}
-    shown = [r for r in newest(load(folder)) if r["hardware"]["gpu"]]
+    shown = [r for r in newest(load(folder)) if r["hardware"]["gpu"] and "outdated" not in r]
     # What the kernels save is a comparison of its own, not the product's figure.
     shown = [r for r in shown if r["work"].get("kernels", "auto") == "auto"]
     for r in sorted(shown, key=lambda r: (order[r["bench"]], describe(r))):

@@ -82,8 +82,9 @@ def test_the_table_is_what_the_results_say(tmp_path: Path) -> None:
         "process_start_to_first_update_seconds": 61.4, "hardware": {"gpu": "NVIDIA X", "gpus": 1},
     }  # fmt: skip
     newer = line | {"date": "2026-01-03", "update_ms": {"median": 7.0}, "cache": "warm",
-                    "process_start_to_first_update_seconds": 20.2}  # fmt: skip
-    (tmp_path / "a.jsonl").write_text(json.dumps(newer) + "\n" + json.dumps(line) + "\n")
+                    "process_start_to_first_update_seconds": 20.2, "commit": "def"}  # fmt: skip
+    slow = line | {"work": line["work"] | {"B": 256}, "outdated": "mended since"}
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, (newer, line, slow))))
     rows = results.table(tmp_path).splitlines()
     assert len(rows) == 3 and "7.00 ms" in rows[2]
-    assert "61 s with a cold cache, 20 s with a warm cache" in rows[2]
+    assert "61 s with a cold cache (abc), 20 s with a warm cache" in rows[2]

@@ -33,7 +33,7 @@ def test_ids_with_and_without_their_version() -> None:
         task_id("Isaac-Amt-v0", ["Isaac-Ant-v0"])
 
 
-def which(folder: Path, *packages: str) -> str:
+def which(folder: Path, *packages: str, task: str = "Isaac-Ant-v0") -> str:
     """What a process decides that sees these (empty) packages and not the real ones."""
     for package in packages:
         path = folder / package
@@ -52,19 +52,27 @@ def which(folder: Path, *packages: str) -> str:
         "u.find_spec = find\n"
         "from dreamer_isaac.cli import compose\n"
         "from dreamer_isaac.launch import choose_backend\n"
-        "print(choose_backend(compose(['env.name=Isaac-Ant-v0']))[0])\n"
+        f"print(*choose_backend(compose(['env.name={task}'])), sep='|')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()[-1]
+    return done.stdout.splitlines()[-1]
 
 
 @pytest.mark.skipif(not module_exists("mjlab"), reason="mjlab is not installed")
 def test_the_package_without_a_simulator_is_not_taken_for_isaac_lab(tmp_path: Path) -> None:
-    assert which(tmp_path / "none") == "mjlab"
-    assert which(tmp_path / "wheel", "isaaclab", "isaaclab_tasks") == "mjlab"
-    assert which(tmp_path / "newton", "isaaclab", "isaaclab_tasks", "newton") == "isaaclab"
-    assert which(tmp_path / "sim", "isaaclab", "isaaclab_tasks", "isaacsim") == "isaaclab"
+    assert which(tmp_path / "none") == "mjlab|Isaac Lab is not installed"
+    assert which(tmp_path / "wheel", "isaaclab", "isaaclab_tasks").startswith("mjlab|")
+    three = which(tmp_path / "newton", "isaaclab", "isaaclab_tasks", "newton")
+    assert three == "isaaclab|Isaac Lab is installed"
+    two = which(tmp_path / "sim", "isaaclab", "isaaclab_tasks", "isaacsim")
+    assert two == "isaaclab|Isaac Lab is installed"
+
+
+@pytest.mark.skipif(not module_exists("mjlab"), reason="mjlab is not installed")
+def test_a_task_of_mjlab_s_stays_there_and_the_reason_is_true(tmp_path: Path) -> None:
+    found = which(tmp_path, "isaaclab", "isaaclab_tasks", "newton", task="Mjlab-Cartpole-Balance")
+    assert found.startswith("mjlab|a task of mjlab's") and "env.backend=isaaclab" in found
 
 
 def test_isaac_lab_that_was_asked_for_and_is_not_there() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from dreamer_isaac import checkpoint, train
+from dreamer_isaac import checkpoint, cli, train
 from dreamer_isaac.checkpoint import CheckpointError, Checkpoints
 from dreamer_isaac.cli import compose
 from dreamer_isaac.config import ConfigError
@@ -236,6 +236,26 @@ def test_evaluate_a_run_and_the_baselines(toy_overrides: list[str], tmp_path: Pa
         run = tmp_path / policy
         assert main(compose([*base, f"run.dir={run}", f"evaluation.policy={policy}"])) == 0
         assert json.loads((run / "summary.json").read_text())["policy"] == policy
+
+
+def test_a_checkpoint_brings_its_task_unless_another_is_named(
+    toy_overrides: list[str], tmp_path: Path
+) -> None:
+    main(compose([*toy_overrides, "env.name=Isaac-Ant-v0", "collector.total_frames=288",
+                  "env.import=json", "evaluation.final=false"]))  # fmt: skip
+    run = tmp_path / "moved, b=c"
+    folder(toy_overrides).rename(run)
+
+    def read(*overrides: str) -> tuple[str, str]:
+        env = cli.read([*overrides])[0].env
+        return env.name, env.import_
+
+    for mode in ("evaluate", "export"):
+        assert read(f"mode={mode}", f"checkpoint={run}") == ("Isaac-Ant-v0", "json")
+        other = read(f"mode={mode}", f"checkpoint={run}", "env.name=Isaac-Humanoid-v0")
+        assert other == ("Isaac-Humanoid-v0", "")
+    assert read("mode=evaluate", "evaluation.policy=zero") == ("Isaac-Cartpole-v0", "")
+    assert read("mode=evaluate", "checkpoint=runs/nowhere") == ("Isaac-Cartpole-v0", "")
 
 
 # -- breaking it -------------------------------------------------------------------------------
