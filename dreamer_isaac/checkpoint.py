@@ -247,14 +247,18 @@ def load(folder: Path, parts: list[str], device: torch.device) -> dict[str, Any]
         path = folder / f"{part}.pt"
         if path.name not in out["meta"]["files"]:
             continue
-        # Exact state holds numpy's and Python's generator states, which are no tensors.
-        out[part] = _read(path, device, part != "exact")
+        # Exact state holds numpy's and Python's generator states, which are no tensors. A replay
+        # buffer may be larger than the GPU: it is read where and when it is copied from.
+        if part == "replay":
+            out[part] = _read(path, "cpu", True, mmap=True)
+        else:
+            out[part] = _read(path, device, part != "exact")
     return out
 
 
-def _read(path: Path, device: torch.device, weights_only: bool) -> Any:
+def _read(path: Path, device: torch.device | str, weights_only: bool, mmap: bool = False) -> Any:
     try:
-        return _torch().load(path, map_location=device, weights_only=weights_only)
+        return _torch().load(path, map_location=device, weights_only=weights_only, mmap=mmap)
     except Exception as e:  # unpickling can raise anything
         raise CheckpointError(f"{path} cannot be read: {e}") from e
 

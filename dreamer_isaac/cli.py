@@ -123,6 +123,9 @@ def _checked_overrides(overrides: list[str]) -> list[str]:
                 out.append(f"++env.cameras.{pose}={pose}")
         elif name.startswith(("env.cfg.", "env.cameras.")):
             out.append("++" + text.lstrip("+"))
+        elif name == "model.size":
+            problems.append("model.size only says which sizes were taken. Remedy: size=<preset>, "
+                            "or single sizes (model.units=...).")  # fmt: skip
         elif name in choices:
             if value not in choices[name]:
                 problems.append(f"{text}: allowed are {', '.join(choices[name])}.")
@@ -136,6 +139,12 @@ def _checked_overrides(overrides: list[str]) -> list[str]:
             )
         else:
             problems.append(unknown_key(name))
+    given = {o.partition("=")[0]: o.partition("=")[2] for o in overrides}
+    if given.get("algo") == "dreamer_v1" and "size" in given:
+        problems.append(
+            f"size={given['size']} is one of Dreamer V3's sizes, algo=dreamer_v1 has its own. "
+            "Remedy: no size=, and single sizes (model.units=...)."
+        )
     if problems:
         raise ConfigError(problems)
     return out

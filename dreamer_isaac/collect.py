@@ -35,7 +35,11 @@ Sink = Callable[[TensorDict], None]
 
 
 class CollectorError(RuntimeError):
-    """The collector's thread died; the cause is chained."""
+    """The collector's thread died, the cause is chained; or it cannot be stopped."""
+
+
+class _Stopped(Exception):
+    """The collector's thread is to end, between two env steps."""
 
 
 class EpisodeStats:
@@ -84,7 +88,7 @@ class Policy:
 
     Args:
         agent: the acting networks, on the simulator's device.
-        generator: its noise. bound: actions are clipped to [-bound, bound].
+        generator: its noise.
         deterministic: [N] bool: these rows take the policy's mean.
         exploration: standard deviation of noise added to the other rows' actions.
         capture: replay one step as a CUDA graph. wrap: what is done to the networks' step first,
@@ -95,13 +99,12 @@ class Policy:
         self,
         agent: Agent,
         generator: torch.Generator,
-        bound: float,
         deterministic: Tensor,
         exploration: float = 0.0,
         capture: bool = False,
         wrap: Callable[[Any], Any] = lambda f: f,
     ):
-        self.agent, self.generator, self.bound = agent, generator, bound
+        self.agent, self.generator = agent, generator
         self.deterministic, self.exploration, self.capture = deterministic, exploration, capture
         self.carry = agent.initial_carry(len(deterministic))
         """Belief, state and executed action of the last step, changed in place."""
@@ -129,7 +132,7 @@ class Policy:
         options: dict[str, Any] = {"generator": self.generator, "device": device}
         noise = self.agent.draw_noise((envs,), self.generator)
         normal = torch.randn(envs, self.agent.action, **options)
-        draw = (2 * torch.rand(envs, self.agent.action, **options) - 1) * self.bound
+        draw = 2 * torch.rand(envs, self.agent.action, **options) - 1
         belief, state, action = self._networks(
             observation.obs, observation.is_first, self.carry, noise, normal, self.deterministic,
             observation.pixels,
@@ -138,7 +141,7 @@ class Policy:
             extra = self.exploration * torch.randn(envs, self.agent.action, **options)
             action = torch.where(self.deterministic.unsqueeze(-1), action, action + extra)
         at_random = (self.random & ~self.deterministic).unsqueeze(-1)
-        action = torch.where(at_random, draw, action).clamp(-self.bound, self.bound)
+        action = torch.where(at_random, draw, action).clamp(-1, 1)
         for mine, new in zip(self.carry, (belief, state, action), strict=True):
             mine.copy_(new)
 
@@ -202,7 +205,7 @@ class Collector:
         self.train_stats = EpisodeStats(self.train_envs, device)
         self.eval_stats = EpisodeStats(self.eval_envs, device)
         self.policy = Policy(
-            agent, setup.generator, setup.env.action_bound,
+            agent, setup.generator,
             torch.arange(envs, device=device) < setup.eval_envs, setup.exploration, setup.capture,
             setup.wrap,
         )  # fmt: skip
@@ -429,6 +432,9 @@ class Thread(Collector):
     Every wait of either side is counted: `waited`.
     """
 
+    PATIENCE = 30.0
+    """Seconds that an env step may take when the thread is to end."""
+
     def __init__(
         self, setup: Setup, weights: Tensor, device: torch.device, total: int, depth: int = 4
     ):
@@ -459,10 +465,19 @@ class Thread(Collector):
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; waits for its current env step."""
+        """End the thread; waits for its current env step. What it has collected of a batch is
+        dropped.
+
+        Raises:
+            CollectorError: the step does not end.
+        """
         self._stop.set()
         if self._thread is not None:
-            self._thread.join(timeout=30)
+            self._thread.join(self.PATIENCE)
+            if self._thread.is_alive():
+                raise CollectorError(
+                    f"the collector's thread has been in one env step for {self.PATIENCE:.0f} s"
+                )
             self._thread = None
 
     @property
@@ -487,13 +502,15 @@ class Thread(Collector):
                     self.queue.get_nowait()
                 )  # fmt: skip
             except queue.Empty:
+                if wait and not frames:
+                    self.waited["learner"] += time.monotonic() - begin
                 break
             if parcel is None:
                 break
             if wait and not frames:
                 self.waited["learner"] += time.monotonic() - begin
             frames += self._deliver(parcel)
-        if self._error is not None:
+        if self._error is not None and not frames:  # what has arrived is counted first
             raise CollectorError(
                 f"the collector's thread died of {type(self._error).__name__}: {self._error}"
             ) from self._error
@@ -534,6 +551,8 @@ class Thread(Collector):
                     self.waited["collector"] += time.monotonic() - begin
                     before = self.frames
                     self._hand_over(self.collect(), self.frames - before)
+        except _Stopped:
+            pass
         except BaseException as e:
             self._error = e
             self._stop.set()
@@ -542,6 +561,8 @@ class Thread(Collector):
                 self.queue.put_nowait(None)  # wakes a waiting learner
 
     def _one(self) -> TensorDict:
+        if self._stop.is_set():
+            raise _Stopped
         version = self.mailbox.take()
         if version is not None:
             self.version = version

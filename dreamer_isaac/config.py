@@ -76,8 +76,9 @@ class EnvConfig:
     import_: str = key("import", default="")
     """A module to import first, e.g. `my_pkg.tasks`, which registers the user's own tasks."""
     action_bound: float = 1.0
-    """Actions are clipped to [-bound, bound] before they are executed (both simulators declare
-    unbounded actions). Policy output and `action` in replay are in the same units."""
+    """What an action of 1 is in the simulator's units (both simulators declare unbounded actions).
+    Policies act in [-1, 1] and are clipped there; replay holds that, exported policies the
+    simulator's units."""
     cfg: dict[str, Any] = field(default_factory=dict)
     """Fields of the task's own configuration by path, e.g. `env.cfg.rewards.alive.weight=0.7`."""
 
@@ -107,8 +108,8 @@ class CompileConfig:
     cudagraph: Literal["auto", "true", "false"] = "auto"
     """Capture the whole update in one CUDA graph. `true` needs a GPU."""
     kernels: Literal["auto", "true", "false"] = "auto"
-    """DreamerV3's recurrence in Triton kernels of our own where they fit the model and there are no
-    more than 32 sequences in a batch. `true` needs a GPU."""
+    """Triton kernels of our own: Dreamer V3's recurrence, where they fit the model and there are no
+    more than 32 sequences in a batch, its lambda returns, and V1's GRU. `true` needs a GPU."""
 
 
 @dataclass
@@ -194,7 +195,9 @@ class ModelConfig:
 @dataclass
 class AlgoConfig:
     """The losses. Defaults are DreamerV3's (Hafner et al. 2023, arXiv 2301.04104, and its code);
-    `algo=dreamer_v1` is a preset with the first Dreamer's (2019, arXiv 1912.01603)."""
+    `algo=dreamer_v1` is a preset with the first Dreamer's (2019, arXiv 1912.01603), which has no
+    use for `entropy`, `actor_*_std`, `return_norm_*`, `slow_critic_*`, `rep_scale`,
+    `continue_scale`, `replay_critic_scale` and `optimization.agc`."""
 
     name: Literal["dreamer_v3", "dreamer_v1"] = "dreamer_v3"
     horizon: int = 15
@@ -554,7 +557,9 @@ def contradictions(cfg: Config) -> list[str]:
          f"algo.name={cfg.algo.name} does not go with model.latent={cfg.model.latent}. Remedy: "
          "algo=dreamer_v1 or algo=dreamer_v3, which set both.")  # fmt: skip
     need(cfg.algo.discount_horizon > 1, "algo.discount_horizon must be above 1 (steps).")
-    need(0 <= cfg.model.unimix < 1, f"model.unimix={cfg.model.unimix}: must be in [0, 1).")
+    need(0 < cfg.model.unimix < 1, f"model.unimix={cfg.model.unimix}: must be in (0, 1); without "
+         "a uniform share a class that is never drawn has a probability of 0.")  # fmt: skip
+    need(rb.batch_length > 1, f"replay_buffer.batch_length={rb.batch_length}: must be 2 or more.")
     need(
         cfg.model.belief % cfg.model.blocks == 0,
         f"model.belief={cfg.model.belief} is no multiple of model.blocks={cfg.model.blocks}.",

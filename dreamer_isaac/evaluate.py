@@ -148,7 +148,7 @@ def play(
             view.append(pixels[0].clone())  # not a view of all envs
         if cfg.policy == "random":
             draw = torch.rand(action.shape, generator=generator, device=device)
-            action = (2 * draw - 1) * env.action_bound
+            action = 2 * draw - 1
         elif cfg.policy == "zero":
             action = torch.zeros_like(action)
         if recording and t < limit:

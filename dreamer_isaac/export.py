@@ -32,10 +32,10 @@ FORMAT = 1
 
 
 class Policy(nn.Module):
-    """One acting step, actions clipped.
+    """One acting step in the simulator's units.
 
     Args:
-        bound: as `env.action_bound` of the run.
+        bound: `env.action_bound` of the run; what comes out is within.
     """
 
     def __init__(self, agent: Agent, bound: float):
@@ -48,11 +48,12 @@ class Policy(nn.Module):
         observation, *rest = inputs
         pixels = rest.pop(0) if self.agent.pixels else None
         is_first, belief, state, action, noise = rest
+        carry = Carry(belief, state, action / self.bound)
         belief, state, new = self.agent.act(
-            observation, is_first, Carry(belief, state, action), noise, torch.zeros_like(action),
+            observation, is_first, carry, noise, torch.zeros_like(action),
             torch.ones_like(is_first), pixels,
         )  # fmt: skip
-        return new.clamp(-self.bound, self.bound), belief, state
+        return new.clamp(-1, 1) * self.bound, belief, state
 
 
 SEES = ("from_pixels", "pixels_only", "image_size", "cameras")

@@ -52,7 +52,7 @@ def choose_backend(cfg: Config) -> tuple[str, str]:
     if isaaclab_available():
         return (
             "mjlab",
-            "a task of mjlab's or of env.import; env.backend=isaaclab is the other choice",
+            "a task of mjlab's, or of env.import without env.backend=isaaclab",
         )
     return "mjlab", "Isaac Lab is not installed"
 

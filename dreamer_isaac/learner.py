@@ -243,7 +243,9 @@ class Learner:
         if source.device != self.device:  # records in main memory: they travel
             batch = source.sample()
             metrics, latents = self.update(batch.to(self.device))
-            source.refresh(batch, latents.to(source.device))
+            # Asynchronous copies would be waited for on the current device, which the learner's
+            # need not be.
+            source.refresh(batch, latents.to(source.device, non_blocking=False))
             return metrics
         if self._capture:
             if "source" not in self._graphs:

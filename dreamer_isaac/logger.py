@@ -120,41 +120,46 @@ class Console:
     def say(self, text: str) -> None:
         """A line that stays."""
         self._clear()
-        # A closed pipe (`... | head`) must not end a training run.
-        with contextlib.suppress(BrokenPipeError):
+        # A closed pipe (`... | head`) or a full disk must not end a training run, nor keep an error
+        # from being told: what must be written is checkpoints, and they complain.
+        with contextlib.suppress(OSError):
             print(text, file=self.stream, flush=True)
+        self._log(text)
+
+    def _log(self, text: str) -> None:
         if self._file:
             stamp = time.strftime("%H:%M:%S")
-            for line in text.splitlines():
-                self._file.write(f"{stamp} {line}\n")
-            self._file.flush()
+            with contextlib.suppress(OSError):
+                for line in text.splitlines():
+                    self._file.write(f"{stamp} {line}\n")
+                self._file.flush()
 
     def progress(self, text: str, keep: bool) -> None:
         """The progress line: replaced in place on a terminal, a line of its own at log points
         (`keep`) elsewhere and in the log file."""
         if self.live:
             self._clear()
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(OSError):
                 width = os.get_terminal_size(self.stream.fileno()).columns
                 print(text[: width - 1], end="", file=self.stream, flush=True)
             self._shown = True
         elif keep:
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(OSError):
                 print(text, file=self.stream, flush=True)
-        if keep and self._file:
-            self._file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
-            self._file.flush()
+        if keep:
+            self._log(text)
 
     def _clear(self) -> None:
         if self._shown:
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(OSError):
                 print("\r\033[K", end="", file=self.stream)
             self._shown = False
 
     def close(self) -> None:
         self._clear()
         if self._file:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
 
 
 def duration(seconds: float) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import os
 import platform
 import shutil
 import sys
@@ -33,11 +33,14 @@ def main(cfg: Config) -> int:
         folder = Path(cfg.run.dir)
         folder.mkdir(parents=True, exist_ok=True)
         console = Console(folder / "log.txt")
+        (folder / "traceback.txt").unlink(missing_ok=True)  # of an earlier start
     except OSError as e:
         print(f"error: run.dir={cfg.run.dir} cannot be written: {e}. Remedy: another run.dir.",
               file=sys.stderr)  # fmt: skip
         return 1
     logging.getLogger("torchrl").setLevel(logging.WARNING)
+    if cfg.optimization.num_threads:
+        torch.set_num_threads(cfg.optimization.num_threads)
     try:
         if cfg.mode == "train":
             from dreamer_isaac.train import train
@@ -59,13 +62,11 @@ def main(cfg: Config) -> int:
                     f"run.dir={folder}.")  # fmt: skip
         return 1
     except Exception as e:
-        if not isinstance(e, checkpoint.CheckpointError):
-            (folder / "traceback.txt").write_text(traceback.format_exc()) if os.access(
-                folder, os.W_OK
-            ) else None
         console.say(f"error: {type(e).__name__}: {e}")
-        if (folder / "traceback.txt").exists():
-            console.say(f"the traceback is in {folder / 'traceback.txt'}")
+        if not isinstance(e, checkpoint.CheckpointError):
+            with contextlib.suppress(OSError):
+                (folder / "traceback.txt").write_text(traceback.format_exc())
+                console.say(f"the traceback is in {folder / 'traceback.txt'}")
         return 1
     finally:
         console.close()
@@ -103,6 +104,11 @@ def devices(cfg: Config) -> tuple[torch.device, torch.device]:
         raise ConfigError([
             f"env.device={sim} and optimization.device={learn} differ: collector=sync acts with "
             "the learner's own networks. Remedy: collector=thread."
+        ])  # fmt: skip
+    if sim.type == "cuda" and learn.type == "cpu":
+        raise ConfigError([
+            f"env.device={sim} and optimization.device=cpu: a GPU that simulates can learn too. "
+            "Remedy: optimization.device=auto, or env.device=cpu."
         ])  # fmt: skip
     if sim != learn and cfg.checkpoint.exact:
         raise ConfigError(["checkpoint.exact=true needs one device. Remedy: optimization.device="

@@ -167,7 +167,8 @@ class Replay:
         if envs != self.envs:
             raise ValueError(f"records of {envs} envs for a buffer of {self.envs}")
         serial = torch.arange(self.written, self.written + steps, device=self.device)
-        records = records.to(self.device)
+        # Asynchronous copies would be waited for on the current device, not where they are made.
+        records = records.to(self.device, non_blocking=False)
         self.buffer.extend(records.set("serial", serial.expand(envs, steps)))
         self.written += steps
         self.sampler.advance(self.written)
@@ -218,16 +219,20 @@ class Replay:
         return storage._storage
 
     def state_dict(self) -> dict[str, Any]:
-        """Contents, cursor and sampler state."""
+        """Contents, cursor and sampler state. To be used before the next `extend` or `refresh`: a
+        full ring is not copied where it is in main memory, and never on the GPU, which may have
+        no room for it."""
         filled = min(self.written, self.steps)
         data = {}
         if filled:
-            data = {k: v[:filled].clone() for k, v in self._tensors().items()}
+            data = {k: v[:filled].cpu() for k, v in self._tensors().items()}
+        if filled < self.steps and self.device.type == "cpu":  # a view would be saved as a whole
+            data = {k: v.clone() for k, v in data.items()}
         return {"data": data, "written": self.written, "sampler": self.sampler.state_dict(),
                 "envs": self.envs, "steps": self.steps}  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Fill an empty buffer with saved contents.
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse contents that this buffer cannot take.
 
         Raises:
             ValueError: when the buffer has another size.
@@ -238,12 +243,22 @@ class Replay:
                 f"one {self.steps} of {self.envs}. Remedy: the same replay_buffer.size and env."
                 "num_envs as the saved run."
             )
+
+    def load_state_dict(self, state: dict[str, Any], chunk: int = 64) -> None:
+        """Fill an empty buffer with saved contents, `chunk` time steps at once.
+
+        Raises:
+            ValueError: when the buffer has another size.
+        """
+        self.check_state(state)
         self.sampler.load_state_dict(state["sampler"])
         if not state["data"]:
             return
         filled = len(state["data"]["serial"])
-        data = TensorDict(state["data"], [filled, self.envs]).transpose(0, 1)
-        self.buffer.extend(data.to(self.device).contiguous())
+        data = TensorDict(state["data"], [filled, self.envs])
+        for begin in range(0, filled, chunk):
+            part = data[begin : begin + chunk].transpose(0, 1)
+            self.buffer.extend(part.to(self.device, non_blocking=False).contiguous())
         writer: Any = self.buffer.writer
         writer._cursor = state["written"] % self.steps
         self.written = state["written"]

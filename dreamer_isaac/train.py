@@ -126,8 +126,6 @@ class Run:
     def __init__(self, cfg: Config, folder: Path, console: Console):
         self.cfg, self.folder, self.console = cfg, folder, console
         self.sim_device, self.device = devices(cfg)
-        if cfg.optimization.num_threads:
-            torch.set_num_threads(cfg.optimization.num_threads)
         start_compiler(self.device, cfg.optimization)
         seed_everything(cfg.env.seed)
         self.env = start_simulator(cfg, console, self.sim_device, cfg.evaluation.video)
@@ -273,6 +271,11 @@ class Run:
                 f"checkpoint.exact=true, but {found} was saved without it. Remedy: "
                 "checkpoint.exact=false, or a new run.dir."
             ])  # fmt: skip
+        if "replay" in state:
+            try:
+                self.replay.check_state(state["replay"])
+            except ValueError as e:
+                raise ConfigError([str(e)]) from None
         checkpoint.load_networks(self.agent, state["networks"], found)
         self.learner.load_state_dict(state["learner"])
         meta = state["meta"]
@@ -379,7 +382,8 @@ def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
     published = learner.updates
     most = cfg.optimization.max_updates or sys.maxsize
     with run.collector as collector:
-        done = run.frames >= cfg.collector.total_frames or bool(stop.number)
+        done = run.frames >= cfg.collector.total_frames or learner.updates >= most
+        done = done or bool(stop.number)
         # A signal may come between any two lines: what ends the loop is `done`, which is looked at
         # once a turn, before the turn's save.
         while not done:
@@ -401,8 +405,8 @@ def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
             if learner.updates > published and collector.publish(learner.updates):
                 published = learner.updates
 
-            limit = learner.updates >= most
-            done = run.frames >= cfg.collector.total_frames or bool(stop.number) or limit
+            done = run.frames >= cfg.collector.total_frames or learner.updates >= most
+            done = done or bool(stop.number)
             if run.frames - logged >= cfg.logger.interval_frames or done:
                 logged = run.frames
                 learner.check_finite()
@@ -418,13 +422,11 @@ def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
                 saved = run.frames
                 run.seconds = meter.elapsed()
                 run.save()
-            if limit and not stop.number:
-                return "max_updates"
     if stop.number:
         run.console.say(f"stopped by {signal.Signals(stop.number).name}; the same command resumes: "
                         f"run.dir={run.folder}")  # fmt: skip
         return signal.Signals(stop.number).name
-    return "finished"
+    return "max_updates" if learner.updates >= most else "finished"
 
 
 class Meter:

@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 START = time.monotonic()
@@ -106,8 +107,15 @@ def prepared(arguments: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     from dreamer_isaac.cli import compose
 
     cfg = compose(arguments.overrides)
+    from dreamer_isaac.launch import wants_cameras
+
+    if wants_cameras(cfg):
+        raise SystemExit(f"error: `{arguments.what}` works on vectors of random numbers, not on "
+                         "pictures. Remedy: `pipeline`.")  # fmt: skip
     import torch
 
+    if cfg.optimization.num_threads:
+        torch.set_num_threads(cfg.optimization.num_threads)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     return cfg, torch, device, lambda: device.type == "cuda" and torch.cuda.synchronize(device)
 
@@ -235,8 +243,9 @@ def replay(arguments: argparse.Namespace) -> dict[str, Any]:
     return result | {"hardware": hardware(torch, device)}
 
 
-def make_run(arguments: argparse.Namespace) -> Any:
-    """The parts of a training run, in a temporary folder."""
+@contextlib.contextmanager
+def running(arguments: argparse.Namespace) -> Iterator[Any]:
+    """The parts of a training run, its simulator started, in a temporary folder."""
     import tempfile
     from pathlib import Path
 
@@ -244,13 +253,15 @@ def make_run(arguments: argparse.Namespace) -> Any:
     from dreamer_isaac.launch import simulator
 
     cfg = compose(["collector.total_frames=1000000000000", *arguments.overrides])
-    stack = contextlib.ExitStack()
-    stack.enter_context(simulator(cfg))
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    from dreamer_isaac.logger import Console
-    from dreamer_isaac.train import Run
+    with simulator(cfg), tempfile.TemporaryDirectory() as folder:
+        import torch
 
-    return Run(cfg, folder, Console(folder / "log.txt"))
+        from dreamer_isaac.logger import Console
+        from dreamer_isaac.train import Run
+
+        if cfg.optimization.num_threads:
+            torch.set_num_threads(cfg.optimization.num_threads)
+        yield Run(cfg, Path(folder), Console(Path(folder) / "log.txt"))
 
 
 def resources(torch: Any) -> dict[str, float]:
@@ -317,9 +328,14 @@ def drive(run: Any, seconds: float, learn: bool, collect: bool = True) -> dict[s
 
 def simulated(arguments: argparse.Namespace) -> dict[str, Any]:
     """`collect` and `pipeline`."""
+    with running(arguments) as run:
+        return rates_of(run, arguments)
+
+
+def rates_of(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `collect` and `pipeline` measure on one run."""
     import torch
 
-    run = make_run(arguments)
     cfg = run.cfg
     result: dict[str, Any] = {"bench": arguments.what, "work": work(cfg) | {
         "task": cfg.env.name, "envs": cfg.env.num_envs, "sim": str(run.sim_device),
@@ -331,8 +347,9 @@ def simulated(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.what == "pipeline":
         phases |= {"both": (True, True), "learn": (True, False)}
         phases = {k: v for k, v in phases.items() if k in arguments.phases.split(",")}
+    enough = min(cfg.collector.init_random_frames, run.replay.steps * run.replay.envs)
     with run.collector:
-        while not run.replay.ready or len(run.replay) < cfg.collector.init_random_frames:
+        while not run.replay.ready or len(run.replay) < enough:
             run.collector.step()
         for name, (learn, collect) in phases.items():
             if not collect:

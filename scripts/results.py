@@ -31,12 +31,17 @@ def load(folder: Path) -> list[dict[str, Any]]:
     return out
 
 
+USUAL = {"kernels": "auto", "compile": "auto", "cudagraph": "auto", "observation": 48, "action": 12}
+"""What the table is of; other values are comparisons of their own, not the product's figures."""
+
+
 def identity(result: dict[str, Any]) -> tuple:
     """Results with the same one replace each other."""
     w, h = result["work"], result["hardware"]
-    work = tuple(w.get(k) for k in ("algo", "size", "B", "T", "H", "task", "envs", "autocast"))
+    names = ("algo", "size", "B", "T", "H", "task", "envs", "autocast", "frames_per_batch")
+    work = tuple(w.get(k) for k in names) + tuple(w.get(k, v) for k, v in USUAL.items())
     gpus = h["gpus"] if result["bench"] in ("pipeline", "collect") else 1  # the others use one
-    return (result["bench"], *work, w.get("kernels", "auto"), h["gpu"], gpus)
+    return (result["bench"], *work, h["gpu"], gpus)
 
 
 def newest(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -87,7 +92,8 @@ def describe(r: dict[str, Any]) -> tuple[str, str, str]:
         text = (
             f"together {thousands(rate('both', 'frames'))} frames/s and "
             f"{rate('both', 'updates'):.1f} updates/s; the collector alone "
-            f"{thousands(rate('collect', 'frames'))}, the learner alone {rate('learn', 'updates'):.1f}"
+            f"{thousands(rate('collect', 'frames'))}, the learner alone "
+            f"{rate('learn', 'updates'):.1f}"
         )
         return f"collect and learn: {w['task']}, {w['envs']} envs, {work}", hardware, text
     if r["bench"] == "collect":
@@ -104,8 +110,7 @@ def table(folder: Path) -> str:
     rows = ["| work | hardware | result | run |", "|---|---|---|---|"]
     order = {"learner": 0, "pipeline": 1, "collect": 2, "replay": 3}
     shown = [r for r in newest(load(folder)) if r["hardware"]["gpu"] and "outdated" not in r]
-    # What the kernels save is a comparison of its own, not the product's figure.
-    shown = [r for r in shown if r["work"].get("kernels", "auto") == "auto"]
+    shown = [r for r in shown if all(r["work"].get(k, v) == v for k, v in USUAL.items())]
     for r in sorted(shown, key=lambda r: (order[r["bench"]], describe(r))):
         work, hardware, text = describe(r)
         source = f"[{r['date']}, {r['commit']}](benchmarks/results/{r['file']})"

@@ -103,7 +103,7 @@ def play(env: Any, controller: Controller, episodes: int) -> np.ndarray:
     while (done < rounds).any():
         pixels = None if seen.pixels is None else seen.pixels.cpu().numpy()
         action = controller.act(seen.obs.cpu().numpy(), seen.is_first.cpu().numpy(), pixels)
-        _, outcome, seen = env.step(torch.from_numpy(action).to(env.device))
+        _, outcome, seen = env.step(torch.from_numpy(action).to(env.device) / env.action_bound)
         reward, over = outcome.reward.cpu().numpy(), outcome.done.cpu().numpy()
         for i in np.flatnonzero(done < rounds):
             returns[i, done[i]] += reward[i]

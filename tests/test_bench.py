@@ -51,8 +51,9 @@ def test_replay() -> None:
 @embedded
 @pytest.mark.slow
 def test_pipeline_counts_both_sides() -> None:
+    # More random frames than the ring has room for: a full one will do.
     out = bench("pipeline", *SMALL, "collector=thread", "optimization.replay_ratio_floor=0",
-                "--seconds", "2", "--blocks", "2")  # fmt: skip
+                "collector.init_random_frames=4000", "--seconds", "2", "--blocks", "2")  # fmt: skip
     for key in ("collect/frames_per_second", "both/frames_per_second", "both/updates_per_second",
                 "learn/updates_per_second"):  # fmt: skip
         assert out[key]["median"] > 0
@@ -84,7 +85,10 @@ def test_the_table_is_what_the_results_say(tmp_path: Path) -> None:
     newer = line | {"date": "2026-01-03", "update_ms": {"median": 7.0}, "cache": "warm",
                     "process_start_to_first_update_seconds": 20.2, "commit": "def"}  # fmt: skip
     slow = line | {"work": line["work"] | {"B": 256}, "outdated": "mended since"}
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, (newer, line, slow))))
+    eager = newer | {"work": line["work"] | {"cudagraph": "false"}, "date": "2026-02-01"}
+    wide = newer | {"work": line["work"] | {"observation": 2000}, "date": "2026-02-01"}
+    lines = (newer, line, slow, eager, wide)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     rows = results.table(tmp_path).splitlines()
     assert len(rows) == 3 and "7.00 ms" in rows[2]
     assert "61 s with a cold cache (abc), 20 s with a warm cache" in rows[2]

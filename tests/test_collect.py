@@ -158,6 +158,62 @@ def test_an_exception_arrives_with_its_cause_within_a_second() -> None:
     assert isinstance(e.value.__cause__, ValueError) and e.value.__cause__.__traceback__
 
 
+class Slow(ToyEnv):
+    """Its steps take `seconds`; the one numbered `last` fails."""
+
+    seconds, last, count = 0.0, 10**9, 0
+
+    def step(self, action: torch.Tensor) -> Any:
+        time.sleep(self.seconds)
+        self.count += 1
+        if self.count == self.last:
+            raise ValueError("the simulator is on fire")
+        return super().step(action)
+
+
+def test_what_arrived_before_an_exception_is_counted() -> None:
+    got: list[Any] = []
+    env = Slow(ENVS, 0)
+    env.last = 3 * STEPS + 2
+    collector, _ = make(got.append, env)
+    with collector:
+        while collector._error is None:
+            time.sleep(0.01)
+        assert collector.step() == 3 * STEPS * ENVS and len(got) == 3
+        with pytest.raises(CollectorError, match="on fire"):
+            collector.step()
+
+
+def test_every_wait_of_the_learner_is_counted() -> None:
+    env = Slow(ENVS, 0)
+    env.seconds = 0.35 / STEPS
+    collector, _ = make(lambda _: None, env)
+    with collector:
+        begin = time.monotonic()
+        while time.monotonic() - begin < 1.2:
+            collector.step()
+        spent = time.monotonic() - begin
+    assert collector.waited["learner"] == pytest.approx(spent, rel=0.15)
+
+
+def test_the_thread_ends_between_two_steps_or_says_that_it_does_not() -> None:
+    env = Slow(ENVS, 0)
+    env.seconds = 0.3
+    collector, _ = make(lambda _: None, env)
+    collector.start()
+    time.sleep(0.1)
+    begin = time.monotonic()
+    collector.stop()
+    assert time.monotonic() - begin < 0.6  # a batch takes 1.5
+    assert env.count == 1 and collector.frames == 0 and collector._error is None
+    env.seconds = 0.8
+    collector, _ = make(lambda _: None, env)
+    collector.PATIENCE = 0.2
+    with pytest.raises(CollectorError, match="in one env step"), collector:
+        time.sleep(0.1)
+    time.sleep(1)
+
+
 def test_a_full_queue_stops_the_collector_and_leaving_ends_the_thread() -> None:
     collector, _ = make(lambda _: None, depth=2)
     with collector:

@@ -47,6 +47,10 @@ Program = Callable[..., subprocess.CompletedProcess[str]]
         ("collector=ray", ["collector.kind", "auto, sync, thread"]),
         ("checkpoint.exact=true collector=thread", ["collector=sync"]),
         ("evaluation=4", ["section", "evaluation.episodes"]),
+        ("model.size=12m", ["model.size", "size=<preset>"]),
+        ("algo=dreamer_v1 size=12m", ["size=12m", "no size="]),
+        ("model.unimix=0", ["model.unimix=0", "(0, 1)"]),
+        ("replay_buffer.batch_length=1", ["replay_buffer.batch_length=1", "2 or more"]),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(override: str, words: list[str]) -> None:

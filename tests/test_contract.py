@@ -73,12 +73,12 @@ def test_every_row_of_the_table_on_known_dynamics() -> None:
     assert min(ends.values()) > 0  # both kinds of end were seen
 
 
-def test_actions_are_clipped_and_the_clipped_one_is_what_is_stored_and_executed() -> None:
+def test_actions_are_clipped_to_1_and_scaled_by_the_bound() -> None:
     env = ToyEnv(2, 0, bound=0.5)
     obs = env.reset().obs
     executed, _, following = env.step(torch.tensor([[3.0], [-0.25]]))
-    assert executed.flatten().tolist() == [0.5, -0.25]
-    v = obs[:, 1] + 4 * executed[:, 0] * DT
+    assert executed.flatten().tolist() == [1.0, -0.25]
+    v = obs[:, 1] + 4 * 0.5 * executed[:, 0] * DT
     torch.testing.assert_close(following.obs[:, 1], v)
 
 

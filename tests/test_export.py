@@ -165,3 +165,24 @@ assert not bad, bad
     assert wrong.returncode == 1 and "is no file" in wrong.stderr
     missing = program("mode=export")
     assert missing.returncode == 2 and "mode=export needs checkpoint" in missing.stderr
+
+
+def test_an_exported_policy_speaks_the_simulator_s_units() -> None:
+    torch.manual_seed(0)
+    cfg = compose([*SMALL, "env.name=Isaac-Cartpole-v0"])
+    agent = Agent(4, 2, cfg.model, cfg.algo).eval()
+    with torch.no_grad():
+        for p in agent.actor.parameters():
+            p.add_(0.5 * torch.randn_like(p))
+    inputs = export.example(agent, 5) | {
+        "is_first": torch.zeros(5, dtype=torch.bool), "observation": torch.randn(5, 4),
+        "action": torch.rand(5, 2) * 2 - 1,
+    }  # fmt: skip
+    with torch.no_grad():
+        action, *memory = export.Policy(agent, 1.0)(*inputs.values())
+        inputs["action"] = 0.5 * inputs["action"]
+        half, *same = export.Policy(agent, 0.5)(*inputs.values())
+    torch.testing.assert_close(half, 0.5 * action)
+    assert half.abs().max() <= 0.5 and half.abs().max() > 0.05
+    for a, b in zip(memory, same, strict=True):
+        torch.testing.assert_close(a, b)

@@ -22,6 +22,7 @@ from dreamer_isaac.checkpoint import CheckpointError, Checkpoints
 from dreamer_isaac.cli import compose
 from dreamer_isaac.config import ConfigError
 from dreamer_isaac.envs.toy import PointEnv
+from dreamer_isaac.logger import Console
 from dreamer_isaac.main import main
 from dreamer_isaac.train import Limiter
 
@@ -258,7 +259,49 @@ def test_a_checkpoint_brings_its_task_unless_another_is_named(
     assert read("mode=evaluate", "checkpoint=runs/nowhere") == ("Isaac-Cartpole-v0", "")
 
 
+def test_a_finished_run_is_not_trained_further(toy_overrides: list[str]) -> None:
+    args = [*toy_overrides, "optimization.max_updates=3", "evaluation.final=false"]
+    run, seen = folder(toy_overrides), set()
+    for _ in range(3):
+        assert main(compose(args)) == 0
+        summary = json.loads((run / "summary.json").read_text())
+        meta = checkpoint.read_meta(checkpoint.find(run))
+        seen.add((summary["exit_reason"], summary["frames"], meta["updates"], len(metrics(run))))
+    assert len(seen) == 1 and next(iter(seen))[0] == "max_updates" and next(iter(seen))[2] == 3
+
+
 # -- breaking it -------------------------------------------------------------------------------
+
+
+def test_a_replay_buffer_of_another_size_is_refused_before_anything_is_restored(
+    toy_overrides: list[str], capsys: Any
+) -> None:
+    args = [*toy_overrides, "checkpoint.replay=true", "collector.total_frames=288",
+            "evaluation.final=false"]  # fmt: skip
+    assert main(compose(args)) == 0
+    before = {p: p.stat().st_mtime_ns for p in (folder(args) / "checkpoints").rglob("*")}
+    more = [*args, "collector.total_frames=480"]
+    assert main(compose([*more, "replay_buffer.size=1280"])) == 2
+    assert "replay_buffer.size" in capsys.readouterr().out
+    assert not (folder(args) / "traceback.txt").exists()
+    assert before == {p: p.stat().st_mtime_ns for p in (folder(args) / "checkpoints").rglob("*")}
+    assert main(compose(more)) == 0  # and it still goes on
+
+
+def test_errors_are_told_on_a_full_disk_and_without_an_old_traceback(
+    toy_overrides: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    console = Console(Path("/dev/full"))
+    console.say("error: what went wrong")
+    console.progress("a row", keep=True)
+    console.close()
+    assert capsys.readouterr().out == "error: what went wrong\na row\n"
+    run = tmp_path / "other"
+    run.mkdir()
+    (run / "traceback.txt").write_text("of last week")
+    args = [*toy_overrides, f"run.dir={run}", f"checkpoint.init_from={tmp_path / 'nowhere'}"]
+    assert main(compose(args)) == 1
+    assert "traceback" not in capsys.readouterr().out and not (run / "traceback.txt").exists()
 
 
 def test_broken_checkpoints_are_refused_whole(toy_overrides: list[str], capsys: Any) -> None:

@@ -99,7 +99,7 @@ class SimEnv:
         env: TorchRL env of batch size [N] with float observations under `key`; with
             `native_autoreset` or driven by TorchRL, both work.
         key: entry of the observation.
-        action_bound: actions are clipped to [-bound, bound] before they are executed.
+        action_bound: what an action of 1 is in the simulator's units.
     """
 
     sim: Any = None
@@ -125,15 +125,16 @@ class SimEnv:
         return Observation(self._clone_obs(self._td), first, self.pixels())
 
     def step(self, action: Tensor) -> tuple[Tensor, Outcome, Observation]:
-        """Execute `action` [N, A].
+        """Execute `action` [N, A], clipped to [-1, 1] and then scaled by `action_bound`.
 
         Returns:
-            The action as executed (clipped), what it led to, and the next observation.
+            The action as executed, clipped and not scaled: the networks and the replay buffer know
+            no other units. What it led to, and the next observation.
         """
         assert self._td is not None, "reset() comes first"
-        executed = action.clamp(-self.action_bound, self.action_bound)
+        executed = action.clamp(-1, 1)
         own = executed if self._acted is None else executed[:, self._acted]
-        self._td.set("action", own.clone())
+        self._td.set("action", own * self.action_bound)
         result, self._td = self.env.step_and_maybe_reset(self._td)
         after = result["next"]
         outcome = Outcome(

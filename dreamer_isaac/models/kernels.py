@@ -456,7 +456,9 @@ def lambda_return(
     out = torch.empty_like(given[0])
     steps, columns = out.shape[dim], out.shape[1 - dim]
     along, across = out.stride(dim), out.stride(1 - dim)
-    _returns[(triton.cdiv(columns, 128),)](*given, out, steps, columns, along, across, BLOCK=128)
+    grid = (triton.cdiv(columns, 128),)
+    with on_device(out):
+        _returns[grid](*given, out, steps, columns, along, across, BLOCK=128)
     return out
 
 
