@@ -63,7 +63,7 @@ fi
 venv="$here/.venv"
 log="$venv/install.log"
 export TERM="${TERM:-xterm}" PYTHONNOUSERSITE=1 TD_GET_DEFAULTS_TO_NONE=1
-# NVIDIA's licence: the one place. docker/ and cluster/ set ACCEPT_EULA=Y in theirs.
+# NVIDIA's licence is accepted here; docker/compose.yaml and cluster/description.yaml do it for theirs.
 if [ "${ACCEPT_EULA:-Y}" != N ]; then export OMNI_KIT_ACCEPT_EULA=yes ACCEPT_EULA=Y PRIVACY_CONSENT=Y; fi
 
 isaaclab="${ISAACLAB_PATH-/workspace/isaaclab}"

@@ -51,7 +51,7 @@ def osmo(d: dict[str, Any], dataset: bool) -> str:
     """A workflow: train, then play with a video.
 
     Args:
-        dataset: outputs as a dataset (OSMO up to 6.2) or below an URL (later versions, which have
+        dataset: outputs as a dataset (OSMO up to 6.2) or below a URL (later versions, which have
             no datasets in workflows any more).
     """
     outputs: list[dict[str, Any]] = [{"url": "{{ storage_url }}/{{workflow_id}}/"}]

@@ -3,6 +3,8 @@
 This module imports neither torch, numpy nor a simulator, so that a typing mistake is answered in
 a fraction of a second and not after a simulator has booted. `build` turns the plain dictionary
 that Hydra composed into a tree of dataclasses and collects *all* mistakes into one `ConfigError`.
+The values here are the reference's; `conf/config.yaml` and presets change many of them, and
+`python dreamer_isaac.py --cfg` prints what holds.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class EnvConfig:
     device: str = "auto"
     """Where the simulator and the acting policy run: `auto`, `cpu`, `cuda`, `cuda:1`, ..."""
     from_pixels: Literal["auto", "true", "false"] = "auto"
-    """Learn from cameras. `auto`: where the task has cameras of its own."""
+    """Learn from cameras. `auto`: where the task has some of its own, or `cameras` names some."""
     pixels_only: bool = True
     """With `from_pixels`: without the task's own observation, or together with it."""
     image_size: int = 64
@@ -248,7 +250,7 @@ class EvaluationConfig:
 
     num_envs: int = 16
     """Rows of `env.num_envs` that always act deterministically and never reach the replay
-    buffer; 0 for none. The curve of the training run comes from them."""
+    buffer; 0 for none. Their returns are the line 'deterministic' of the learning curve."""
     episodes: int = 64
     """Episodes of the final evaluation (and of `mode=evaluate`), at least; every env plays the
     same number."""
@@ -335,7 +337,7 @@ class JobConfig:
     """A job file of a pipeline (docs/jobs.md)."""
 
     path: str = ""
-    """A JSON file or an URL of one (`s3://bucket/path.json`). `job=X` is short for it."""
+    """A JSON file or a URL of one (`s3://bucket/path.json`). `job=X` is short for it."""
     id: str = ""
     """Name of the job's output folder. The same id goes on with what is there. Empty: the
     scheduler's id of this job, or a new one."""

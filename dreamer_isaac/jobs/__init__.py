@@ -52,7 +52,7 @@ class Job:
     path: str
     id: str
     output: str
-    """Where its results belong: a folder or an URL, the job's id included."""
+    """Where its results belong: a folder or a URL, the job's id included."""
     folder: Path
     """Where they are written first; the same place when `output` is a folder."""
     node: int = 0
@@ -139,7 +139,7 @@ def load(cfg_path: str, job_id: str = "", output: str = "", root: str = "") -> J
     """Read and check a job file and find what it needs.
 
     Args:
-        cfg_path: a file or an URL (`s3://...`). job_id: name of the output; empty takes the
+        cfg_path: a file or a URL (`s3://...`). job_id: name of the output; empty takes the
             scheduler's, or a new one. output: the folder that results go below; empty takes the
             asset's (`asset_of`). root: the asset's topmost folder, up to which checkpoints are
             looked for.
@@ -178,7 +178,7 @@ def load(cfg_path: str, job_id: str = "", output: str = "", root: str = "") -> J
                         f"{', '.join(RESERVED)} are taken."], cfg_path)  # fmt: skip
     base = output.rstrip("/") or asset_of(folder).url
     if is_remote(base) and not re.fullmatch(r"[a-z0-9+]+://[^/]+(/.*)?", base):
-        raise JobError([f"job.output={output}: an URL needs a bucket, s3://bucket/folder."],
+        raise JobError([f"job.output={output}: a URL needs a bucket, s3://bucket/folder."],
                        cfg_path)  # fmt: skip
     target = Folder(base if is_remote(base) else os.path.abspath(base)).below(job_id)
     if count > 1:  # none inside another's, which may be uploading its own

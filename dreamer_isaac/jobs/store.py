@@ -26,12 +26,12 @@ class StoreError(RuntimeError):
 
 
 def is_remote(url: str) -> bool:
-    """Whether this is an URL and not a path."""
+    """Whether this is a URL and not a path."""
     return "://" in url
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """The file system of an URL or path, and the path in it.
+    """The file system of a URL or path, and the path in it.
 
     Raises:
         StoreError: for a scheme that nothing here serves.
