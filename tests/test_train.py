@@ -153,7 +153,10 @@ def test_a_run_goes_on_seeing_what_it_saw(toy_overrides: list[str]) -> None:
     assert main(compose(small)) == 0
 
 
-@pytest.mark.parametrize("task", ["Isaac-Cartpole-v0", "Isaac-Ant-v0", "Isaac-Cartpole-RGB-v0"])
+@pytest.mark.parametrize("task", [
+    pytest.param("Isaac-Cartpole-v0", marks=pytest.mark.cluster), "Isaac-Ant-v0",
+    pytest.param("Isaac-Cartpole-RGB-v0", marks=pytest.mark.cluster),
+])  # fmt: skip
 def test_exact_resume_on_real_physics(
     task: str, toy_overrides: list[str], tmp_path: Path, program: Program
 ) -> None:
