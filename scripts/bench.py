@@ -57,13 +57,15 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def filled_replay(cfg: Any, widths: tuple[int, int], device: Any) -> Any:
-    """A full ring of random records, and a function that makes more of them."""
+    """A full ring of random records, where `replay_buffer.gpu_storage` says, and a function that
+    makes more of them."""
     import torch
     from tensordict import TensorDict
 
     from dreamer_isaac.replay import Replay
 
     envs = cfg.env.num_envs - cfg.evaluation.num_envs
+    device = device if cfg.replay_buffer.gpu_storage else torch.device("cpu")
     generator = torch.Generator(device=device).manual_seed(1)
     replay = Replay(cfg.replay_buffer, envs, *widths, cfg.model, device, generator)
     replay.check_memory()
@@ -227,7 +229,7 @@ def replay(arguments: argparse.Namespace) -> dict[str, Any]:
     batch, new = buffer.sample(), records(8)
     shape = len(batch), cfg.replay_buffer.batch_length
     latents = TensorDict(
-        belief=torch.randn(*shape, cfg.model.belief, device=device),
+        belief=torch.randn(*shape, cfg.model.belief, device=buffer.device),
         state=batch["state"].unsqueeze(1).expand(-1, shape[1], -1).clone(),
         batch_size=list(shape),
     )  # fmt: skip
