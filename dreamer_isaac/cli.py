@@ -245,7 +245,7 @@ def _task_of_checkpoint(overrides: list[str]) -> list[str]:
     if {"env.name", "experiment"} & given.keys():
         return []
     try:
-        env = checkpoint.read_meta(checkpoint.find(path))["config"]["env"]
+        env = checkpoint.read_meta(checkpoint.find(path), whole=False)["config"]["env"]
     except checkpoint.CheckpointError:
         return []  # complained about where the log is open
     imported = [f"env.import={env['import']}"] if env.get("import") else []
@@ -275,7 +275,8 @@ def as_trained(cfg: Config) -> None:
     if cfg.mode != "evaluate" or cfg.evaluation.policy != "trained":
         return
     try:
-        saved = build(checkpoint.read_meta(checkpoint.find(cfg.checkpoint.path))["config"]).env
+        meta = checkpoint.read_meta(checkpoint.find(cfg.checkpoint.path), whole=False)
+        saved = build(meta["config"]).env
     except (checkpoint.CheckpointError, ConfigError):
         return  # it is looked for again, and complained about, where the log is open
     for name in ("action_bound", "from_pixels", "pixels_only", "image_size", "cameras"):

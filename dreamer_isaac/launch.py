@@ -50,10 +50,7 @@ def choose_backend(cfg: Config) -> tuple[str, str]:
     if asked == "mjlab":
         return "mjlab", "asked for"
     if isaaclab_available():
-        return (
-            "mjlab",
-            "a task of mjlab's, or of env.import without env.backend=isaaclab",
-        )
+        return "mjlab", "a task of mjlab's, or of env.import without env.backend=isaaclab"
     return "mjlab", "Isaac Lab is not installed"
 
 

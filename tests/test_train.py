@@ -24,7 +24,7 @@ from dreamer_isaac.config import ConfigError
 from dreamer_isaac.envs.toy import PointEnv
 from dreamer_isaac.logger import Console
 from dreamer_isaac.main import main
-from dreamer_isaac.train import Limiter
+from dreamer_isaac.train import Limiter, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 # Stopping by another total_frames would move the end of the learning rate's schedule.
@@ -260,6 +260,22 @@ def test_a_checkpoint_brings_its_task_unless_another_is_named(
         assert other == ("Isaac-Humanoid-v0", "")
     assert read("mode=evaluate", "evaluation.policy=zero") == ("Isaac-Cartpole-v0", "")
     assert read("mode=evaluate", "checkpoint=runs/nowhere") == ("Isaac-Cartpole-v0", "")
+
+
+def test_a_collecting_thread_is_not_made_to_wait_for_launches(toy_overrides: list[str]) -> None:
+    for kind, ahead in (("thread", 0), ("sync", 2)):
+        cfg = compose([*toy_overrides, f"collector={kind}"])
+        assert Run(cfg, folder(toy_overrides), Console()).learner.ahead == ahead
+
+
+def test_a_saved_replay_buffer_is_not_read_to_the_learners_device(
+    toy_overrides: list[str],
+) -> None:
+    main(compose([*toy_overrides, "checkpoint.replay=true", "evaluation.final=false"]))
+    found = checkpoint.find(folder(toy_overrides))
+    state = checkpoint.load(found, ["networks", "replay"], torch.device("meta"))
+    assert {v.device.type for v in state["networks"].values()} == {"meta"}
+    assert {v.device.type for v in state["replay"]["data"].values()} == {"cpu"}
 
 
 def test_a_finished_run_is_not_trained_further(toy_overrides: list[str]) -> None:
