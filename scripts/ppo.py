@@ -75,13 +75,19 @@ def main() -> None:
     sim: Any = make_mjlab(cfg, device, render=False)
     seed_everything(arguments.seed)
     stats = EpisodeStats(arguments.num_envs, device)
-    points: list[tuple[int, float, Tensor]] = []
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    curve = open(arguments.out / "curve.csv", "w", newline="", buffering=1)  # noqa: SIM115
+    writer = csv.writer(curve)
+    writer.writerow(["frames", "seconds", "return", "length", "episodes"])
 
     class Timed(RslRlVecEnvWrapper):
-        """Counts frames and episodes, and ends the run."""
+        """Counts frames and episodes, writes the curve while it grows, and ends the run."""
 
         steps = 0
+        frames = 0
         started = 0.0
+        seconds = 0.0
+        training_return = 0.0
 
         def step(self, actions: Tensor) -> Any:
             if not self.started:
@@ -90,11 +96,12 @@ def main() -> None:
             stats.update(out[1], out[2].bool())
             self.steps += 1
             if self.steps % ANT["num_steps_per_env"] == 0:
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                spent = time.monotonic() - self.started
-                points.append((self.steps * self.num_envs, spent, stats.summary()))
-                if spent > arguments.seconds:
+                mean, length, count = stats.summary().tolist()  # waits for the device
+                self.frames, self.training_return = self.steps * self.num_envs, mean
+                self.seconds = time.monotonic() - self.started
+                seconds = round(self.seconds, 3)
+                writer.writerow([self.frames, seconds, round(mean, 4), round(length, 2), count])
+                if self.seconds > arguments.seconds:
                     raise TimeUp
             return out
 
@@ -102,20 +109,14 @@ def main() -> None:
     runner = OnPolicyRunner(env, ANT, None, str(device))
     with contextlib.suppress(TimeUp):
         runner.learn(10**9, init_at_random_ep_len=False)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with open(arguments.out / "curve.csv", "w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["frames", "seconds", "return", "length", "episodes"])
-        for frames, seconds, summary in points:
-            mean, length, count = summary.tolist()
-            writer.writerow([frames, round(seconds, 3), round(mean, 4), round(length, 2), count])
+    curve.close()
 
     policy = runner.get_inference_policy(device=str(device))
     returns = evaluate(env, policy, torch)
     result = {
         "algorithm": "PPO (rsl_rl)", "task": arguments.task, "num_envs": arguments.num_envs,
-        "seed": arguments.seed, "frames": points[-1][0], "seconds": points[-1][1],
-        "training_return": float(points[-1][2][0]), "evaluation": {
+        "seed": arguments.seed, "frames": env.frames, "seconds": env.seconds,
+        "training_return": env.training_return, "evaluation": {
             "return_mean": float(returns.mean()), "episodes": len(returns),
             "return_stderr": float(returns.std() / len(returns) ** 0.5),
         },

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import learning_curves
 import pytest
+from conftest import ROOT, embedded
 
 
 def write(folder: Path, header: str, rows: list[str], result: str, value: float) -> None:
@@ -59,3 +64,22 @@ def test_a_run_that_is_too_short_is_not_compared(runs: Path) -> None:
     assert dreamer[0].reaches(61.0) is None
     with pytest.raises(SystemExit, match=r"no ppo_\*/curve.csv"):
         learning_curves.read(runs / "ppo_0", "ppo_*/curve.csv", ("seconds", "frames", "return"), "")
+
+
+@pytest.mark.cluster
+@embedded
+def test_ppo_writes_its_curve_and_a_result(tmp_path: Path) -> None:
+    """The yardstick still runs on the installed rsl_rl; it takes a minute."""
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/ppo.py"), "--num-envs", "8", "--seconds", "1",
+         "--device", "cpu", "--seed", "3", "--out", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert not run.returncode, run.stderr
+    with open(tmp_path / "curve.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [int(row["frames"]) for row in rows] == [256 * (i + 1) for i in range(len(rows))]
+    assert 1.0 < result["seconds"] == pytest.approx(float(rows[-1]["seconds"]), abs=1e-3)
+    assert (result["seed"], result["evaluation"]["episodes"]) == (3, 8)
+    assert 0.0 < result["evaluation"]["return_mean"] < 100.0
