@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import operator
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -198,8 +199,8 @@ class ModelConfig:
 class AlgoConfig:
     """The losses. Defaults are DreamerV3's (Hafner et al. 2023, arXiv 2301.04104, and its code);
     `algo=dreamer_v1` is a preset with the first Dreamer's (2019, arXiv 1912.01603), which has no
-    use for `entropy`, `actor_*_std`, `return_norm_*`, `slow_critic_*`, `rep_scale`,
-    `continue_scale`, `replay_critic_scale` and `optimization.agc`."""
+    use for the keys in `V3_ONLY`; a run that changes one of them is refused, as is one of
+    DreamerV3 that changes one in `V1_ONLY`."""
 
     name: Literal["dreamer_v3", "dreamer_v1"] = "dreamer_v3"
     horizon: int = 15
@@ -242,6 +243,15 @@ class AlgoConfig:
     """V1 only: norm to which the gradients of model, actor and critic are clipped, each."""
     actor_min_std: float = 0.1
     actor_max_std: float = 1.0
+
+
+V3_ONLY = (
+    "algo.entropy", "algo.actor_min_std", "algo.actor_max_std", "algo.return_norm_rate",
+    "algo.return_norm_low", "algo.return_norm_high", "algo.return_norm_min",
+    "algo.slow_critic_rate", "algo.slow_critic_scale", "algo.rep_scale", "algo.continue_scale",
+    "algo.replay_critic_scale", "optimization.agc",
+)  # fmt: skip
+V1_ONLY = ("algo.lr_actor", "algo.lr_critic", "algo.grad_clip")
 
 
 @dataclass
@@ -623,6 +633,11 @@ def _training_contradictions(cfg: Config) -> list[str]:
             f"evaluation.num_envs={ev.num_envs} leaves no env for training of env.num_envs="
             f"{env.num_envs}. Remedy: evaluation.num_envs={env.num_envs // 4} or less."
         ]
+    for path in V3_ONLY if cfg.algo.name == "dreamer_v1" else V1_ONLY:
+        value, default = (operator.attrgetter(path)(c) for c in (cfg, Config()))
+        if value != default:
+            out.append(f"{path}={value}: algo={cfg.algo.name} has no use for it. Remedy: leave it "
+                       "out.")  # fmt: skip
     if rb.batch_size % rb.batch_length:
         lower = rb.batch_size // rb.batch_length * rb.batch_length or rb.batch_length
         out.append(
