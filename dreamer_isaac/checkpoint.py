@@ -94,12 +94,13 @@ class Checkpoints:
             meta = meta | {"format": FORMAT, "frames": frames, "files": files}
             (partial / "meta.json").write_text(json.dumps(meta, indent=1))
             _sync(partial / "meta.json")
-            final = self.folder / name
-            if final.exists():  # the same frame again: the old one goes only now
-                shutil.rmtree(final)
+            final, old = self.folder / name, self.folder / f"{name}.old.partial"
+            if final.exists():  # the same frame again: the old one goes when the new one is there
+                os.rename(final, old)
             os.rename(partial, final)
             self._point(name)
             _sync(self.folder)
+            shutil.rmtree(old, ignore_errors=True)
         except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
             shutil.rmtree(partial, ignore_errors=True)
             free = shutil.disk_usage(self.folder.parent).free / 2**20
@@ -109,6 +110,7 @@ class Checkpoints:
                 "run the same command again."
             ) from e
         for old in self.complete()[: -self.keep]:
+            (old / "meta.json").unlink(missing_ok=True)  # a kill in between leaves no half one
             shutil.rmtree(old, ignore_errors=True)
         return final
 
@@ -210,12 +212,15 @@ def read_meta(folder: Path, whole: bool = True) -> dict[str, Any]:
     Raises:
         CheckpointError: when it is damaged or of another program.
     """
+    remedy = f"Remedy: remove {folder}; the one before it is used then."
     try:
         single = folder.is_file()
         meta = json.loads(_model_meta(folder) if single else (folder / "meta.json").read_text())
         files, version = {} if single else meta["files"], meta["format"]
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:
-        raise CheckpointError(f"{folder} is no checkpoint of dreamer_isaac: {e!r}") from e
+        raise CheckpointError(
+            f"{folder} is damaged, or no checkpoint of dreamer_isaac: {e!r}. {remedy}"
+        ) from e
     if version != FORMAT:
         raise CheckpointError(
             f"{folder} has format {version}, this version reads {FORMAT}. Remedy: the version of "
@@ -224,11 +229,11 @@ def read_meta(folder: Path, whole: bool = True) -> dict[str, Any]:
     for name, expected in files.items() if whole else ():
         path = folder / name
         if not path.exists():
-            raise CheckpointError(f"{path} is missing: the checkpoint is damaged.")
+            raise CheckpointError(f"{path} is missing: the checkpoint is damaged. {remedy}")
         if path.stat().st_size != expected["bytes"] or _crc(path) != expected["crc32"]:
             raise CheckpointError(
                 f"{path} is damaged ({path.stat().st_size} bytes, {expected['bytes']} were "
-                f"written). Remedy: remove {folder}; the one before it is used then."
+                f"written). {remedy}"
             )
     return meta
 
@@ -264,6 +269,14 @@ def _read(path: Path, device: torch.device | str, weights_only: bool, mmap: bool
         return _torch().load(path, map_location=device, weights_only=weights_only, mmap=mmap)
     except Exception as e:  # unpickling can raise anything
         raise CheckpointError(f"{path} cannot be read: {e}") from e
+
+
+def set_generator(generator: torch.Generator, state: torch.Tensor) -> None:
+    """Let a generator go on where it was. One of another kind of device has a state of another
+    size (a run may go on elsewhere, or move its replay buffer): it keeps the one it has."""
+    state = state.cpu()
+    if state.shape == generator.get_state().shape:
+        generator.set_state(state)
 
 
 def load_networks(module: torch.nn.Module, state: dict[str, Any], source: Path) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +165,45 @@ def default_run_dir(cfg: Config) -> str:
     return str(Path("runs") / label / now)
 
 
+def claimed(name: str) -> str:
+    """That folder, made now, or `<name>-2`, ... where another run has it: two runs may start in one
+    second."""
+    for i in range(1, 1000):
+        path = name if i == 1 else f"{name}-{i}"
+        try:
+            Path(path).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError:  # complained about where the run begins
+            break
+        return path
+    return name
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM outside a training loop, which ends in order by itself."""
+
+    code = 128 + signal.SIGTERM
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises `Terminated`, once: `timeout` and schedulers may send it twice."""
+    raised = False
+
+    def handle(*_: Any) -> None:
+        nonlocal raised
+        if not raised:
+            raised = True
+            raise Terminated
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run(argv: list[str]) -> int:
     """Run one command line and return its exit code."""
     if "--help" in argv or "-h" in argv:
@@ -187,7 +228,8 @@ def run(argv: list[str]) -> int:
     except StoreError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    if not cfg.run.dir:
+    unnamed = not cfg.run.dir
+    if unnamed:
         cfg.run.dir = default_run_dir(cfg)
     if "--cfg" in flags:
         print(dump(to_dict(cfg)), end="")
@@ -196,13 +238,19 @@ def run(argv: list[str]) -> int:
     from dreamer_isaac.launch import leave
 
     if job is None:
-        return leave(execute(cfg))
+        if unnamed:
+            cfg.run.dir = claimed(cfg.run.dir)
+        with terminable():
+            return leave(execute(cfg))
     code = 1
     try:
-        job.prepare(cfg)
-        code = execute(cfg)
+        with terminable():
+            job.prepare(cfg)
+            code = execute(cfg)
     except (StoreError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
+    except Terminated as e:  # before the run has begun
+        code = e.code
     finally:
         code = job.finish(code)
     return leave(code)
@@ -265,6 +313,9 @@ def execute(cfg: Config) -> int:
     except ConfigError as e:  # of the task, which only its simulator knows
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except Terminated as e:
+        print("stopped by SIGTERM before the run had begun", file=sys.stderr)
+        return e.code
 
 
 def as_trained(cfg: Config) -> None:

@@ -24,6 +24,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from dreamer_isaac.checkpoint import set_generator
 from dreamer_isaac.compiling import wait_for_compiler
 from dreamer_isaac.envs.contract import Observation, SimEnv
 from dreamer_isaac.models import Agent, Carry
@@ -331,7 +332,7 @@ class Collector:
         for mine, saved in zip(self.policy.carry, state["carry"], strict=True):
             mine.copy_(saved)
         self.observation = Observation(state["obs"], state["is_first"], state.get("pixels"))
-        self.policy.generator.set_state(state["generator"].cpu())
+        set_generator(self.policy.generator, state["generator"])
         self.train_stats.load_state_dict(state["train_stats"])
         self.eval_stats.load_state_dict(state["eval_stats"])
         self._read = state["read"].cpu()

@@ -3,7 +3,7 @@
 This module imports neither torch, numpy nor a simulator, so that a typing mistake is answered in
 a fraction of a second and not after a simulator has booted. `build` turns the plain dictionary
 that Hydra composed into a tree of dataclasses and collects *all* mistakes into one `ConfigError`.
-The values here are the reference's; `conf/config.yaml` and presets change many of them, and
+The losses' values here are the reference's; `conf/config.yaml` and presets change many of them, and
 `python dreamer_isaac.py --cfg` prints what holds.
 """
 
@@ -134,7 +134,8 @@ class OptimizationConfig:
     experience rather than exceed it."""
     replay_ratio_floor: float = 0.5
     """With `collector=thread`: the collector waits for the learner rather than let the ratio fall
-    below this part of `replay_ratio`; 0 lets it run freely."""
+    below this part of `replay_ratio`; 0 lets it run freely. Between the two the ratio is what the
+    learner manages (column `replay_ratio`); what is missing at the end is not made up."""
     max_updates: int = 0
     """End the run after so many updates; 0 means no limit."""
     autocast: Literal["bfloat16", "float16", "false"] = "false"
@@ -298,8 +299,8 @@ class CheckpointConfig:
     replay: bool = False
     """Save the replay buffer too. Without it a resumed run refills it before it trains."""
     exact: bool = False
-    """Save everything (simulator, generators, replay, ...), so that a stopped and resumed run
-    ends with the same bits as one that never stopped."""
+    """Save everything (simulator, generators, replay, ...), so that on a CPU a stopped and resumed
+    run ends with the same bits as one that never stopped."""
     init_from: str = ""
     """Another run (folder or checkpoint) to take weights from; the optimiser starts fresh."""
     init_modules: list[str] = field(default_factory=lambda: ["all"])
@@ -572,10 +573,11 @@ def contradictions(cfg: Config) -> list[str]:
     need(0 < cfg.model.unimix < 1, f"model.unimix={cfg.model.unimix}: must be in (0, 1); without "
          "a uniform share a class that is never drawn has a probability of 0.")  # fmt: skip
     need(rb.batch_length > 1, f"replay_buffer.batch_length={rb.batch_length}: must be 2 or more.")
-    need(
-        cfg.model.belief % cfg.model.blocks == 0,
-        f"model.belief={cfg.model.belief} is no multiple of model.blocks={cfg.model.blocks}.",
-    )
+    if cfg.model.latent == "categorical":
+        lower = cfg.model.belief // cfg.model.blocks * cfg.model.blocks or cfg.model.blocks
+        need(lower == cfg.model.belief, f"model.belief={cfg.model.belief} is no multiple of "
+             f"model.blocks={cfg.model.blocks}. Remedy: model.belief={lower}.")  # fmt: skip
+        need(cfg.model.encoder_layers > 0, "model.encoder_layers=0: must be 1 or more.")
     need(
         2 <= cfg.model.classes <= 256,
         f"model.classes={cfg.model.classes}: must be 2 to 256 (replay stores a class in a byte).",

@@ -1,8 +1,9 @@
 """The Dreamer update: one function, `Learner.update(batch) -> metrics`.
 
 A batch is T+1 consecutive records of B envs. Record `t` holds `obs[t]`, `is_first[t]`, `action[t]`
-and what the action led to: `reward`, `terminated`, `truncated`. The first record only gives
-context: its stored latents and its action. Steps t = 1..T are trained.
+and what the action led to: `reward`, `terminated`, `truncated`. The observations of steps
+t = 1..T are trained, and what the actions of steps 0..T-1 led to; the first record's stored latents
+are where the recurrence begins.
 
 Where the formulas differ from TorchRL's `DreamerV3Loss` and the reference on purpose:
 
@@ -42,6 +43,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.nn import functional as F
 
+from dreamer_isaac.checkpoint import set_generator
 from dreamer_isaac.compiling import as_it_is, compile_function, wait_for_compiler
 from dreamer_isaac.config import AlgoConfig, OptimizationConfig
 from dreamer_isaac.models import Agent
@@ -614,11 +616,15 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copy into the existing tensors."""
+        """Copy into the existing tensors.
+
+        Raises:
+            ValueError: the optimiser's state is of other networks.
+        """
         self.optimizer.load_state_dict(state["optimizer"])
         self.return_low.copy_(state["return_low"])
         self.return_high.copy_(state["return_high"])
-        self.generator.set_state(state["generator"].cpu())
+        set_generator(self.generator, state["generator"])
         self.updates = int(state["updates"])
         if self.scale and state.get("loss_scale"):  # a run may change its precision when it resumes
             for mine, saved in zip(

@@ -5,6 +5,11 @@ trained by the gradient of its imagined return through the world model. The term
 `DreamerModelLoss`, `DreamerActorLoss` and `DreamerValueLoss` (tests/test_learner_v1.py). On purpose
 different from TorchRL's example: the three optimisers step at once, after all gradients, instead of
 one after the other within an update; arrivals at an episode's end are trained as `learner` says.
+
+What TorchRL does, and this with it, and the paper's own code (github.com/danijar/dreamer) does not:
+the free nats bound every step's KL, not the batch's mean; squared errors are not halved, so the KL
+weighs half as much beside them; the state's standard deviation is bounded below by a maximum, not
+by adding the bound.
 """
 
 from __future__ import annotations

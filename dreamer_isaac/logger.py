@@ -19,9 +19,10 @@ class Logger:
 
     Args:
         folder: the run folder. config: the resolved configuration, for Weights & Biases.
+        frames: where the run goes on; what TensorBoard shows after it is about to be made again.
     """
 
-    def __init__(self, folder: Path, cfg: LoggerConfig, config: dict[str, Any]):
+    def __init__(self, folder: Path, cfg: LoggerConfig, config: dict[str, Any], frames: int = 0):
         self.folder, self.cfg = folder, cfg
         self.path = folder / "metrics.csv"
         self._tensorboard: Any = None
@@ -29,7 +30,8 @@ class Logger:
         if cfg.backend == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+            again = frames + 1 if frames else None
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=again)
         elif cfg.backend == "wandb" and cfg.mode != "disabled":
             import wandb
 
@@ -58,10 +60,12 @@ class Logger:
             self._wandb.log(row, step=step)
 
     def rewind(self, frames: int) -> None:
-        """Drop rows after `frames`: they are about to be made again."""
+        """Drop rows after `frames`, which are about to be made again, and half a last line, to
+        which the next row would be joined."""
         rows = self.rows()
         kept = [r for r in rows if int(float(r["frames"])) <= frames]
-        if len(kept) < len(rows):
+        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
+        if len(kept) < len(rows) or torn:
             self._rewrite(self._columns(), kept)
 
     def rows(self) -> list[dict[str, str]]:

@@ -52,9 +52,9 @@ def main(cfg: Config) -> int:
     except ConfigError as e:
         console.say(f"error: {e}")
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         console.say("stopped at once; the last checkpoint is what there is")
-        return 130
+        return e.code if isinstance(e, cli.Terminated) else 130
     except OSError as e:  # a full disk, a folder that has become read-only
         where = e.filename or folder
         console.say(f"error: {where}: {e.strerror or e}. Complete checkpoints are intact. Remedy: "

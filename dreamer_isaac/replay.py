@@ -7,7 +7,8 @@ The storage is [time, env]; batches come in as [env, time], which `ReplayBuffer`
 `ndim=2`. A slice is T+1 consecutive records of one env, drawn uniformly over every (env, start)
 whose slice lies wholly in the written part of the ring. It may cross episode ends (`is_first`
 marks them), so that episodes shorter than a slice are trained too, which TorchRL's `SliceSampler`
-never does; it never crosses the write head.
+never does; it never crosses the write head. So the newest T records are drawn less often than the
+others, the very newest almost never (the reference trains new sequences first, from a queue).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
+from dreamer_isaac.checkpoint import set_generator
 from dreamer_isaac.config import ModelConfig, ReplayConfig
 
 
@@ -72,7 +74,7 @@ class RingSliceSampler(Sampler):
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"].cpu())
+        set_generator(self.generator, state["generator"])
 
     def _empty(self) -> None:
         self.advance(0)
@@ -116,7 +118,8 @@ class Replay:
         self.cfg, self.envs, self.device = cfg, envs, device
         self.steps = cfg.size // envs
         """Capacity in time steps; each holds a record of every env."""
-        self.gib = self.steps * envs * record_bytes(observation, action, model, pixels) / 2**30
+        record = record_bytes(observation, action, model, pixels)
+        self.gib = self.steps * envs * (record + 4) / 2**30
         self.slices = cfg.batch_size // cfg.batch_length
         self.sampler = RingSliceSampler(cfg.batch_length + 1, self.steps, envs, generator)
         self.buffer = ReplayBuffer(
@@ -126,6 +129,8 @@ class Replay:
         )
         self._index: tuple[Tensor, Tensor] | None = None
         """Of the batch sampled last."""
+        self._writer: Tensor | None = None
+        """[steps * envs] int32, room for `_writers`; made with the first records."""
         self.written = 0
         """Time steps written so far; `serial` of the next record."""
 
@@ -166,6 +171,7 @@ class Replay:
         envs, steps = records.shape
         if envs != self.envs:
             raise ValueError(f"records of {envs} envs for a buffer of {self.envs}")
+        self._make_room()
         serial = torch.arange(self.written, self.written + steps, device=self.device)
         # Asynchronous copies would be waited for on the current device, not where they are made.
         records = records.to(self.device, non_blocking=False)
@@ -203,16 +209,34 @@ class Replay:
         Args:
             batch: as `sample` returned it. latents: [B, T] belief and state.
 
-        A record that has been overwritten since is left alone: its serial number differs.
+        A record that has been overwritten since is left alone: its serial number differs. Where
+        slices overlap, the last one's latents are kept, belief and state of the same one.
         """
         assert self._index is not None, "sample() comes first"
         time, env = (i[:, 1:] for i in self._index)
         storage = self._tensors()
         same = storage["serial"][time, env] == batch["serial"][:, 1:]
+        writer = self._writers(time * self.envs + env)
         for name, new in latents.items():
+            new = new.flatten(0, 1)[writer].view_as(new)
             old = storage[name][time, env]
             mask = same.unsqueeze(-1)
             storage[name][time, env] = torch.where(mask, new.to(old.dtype), old)
+
+    def _make_room(self) -> None:
+        if self._writer is None:
+            places = self.steps * self.envs
+            self._writer = torch.zeros(places, dtype=torch.int32, device=self.device)
+
+    def _writers(self, places: Tensor) -> Tensor:
+        """For each of n places in the ring, the last of the n that is the same. Writing to one
+        place twice leaves open which value stays, even for parts of one vector."""
+        assert self._writer is not None
+        places = places.flatten()
+        self._writer[places] = -1
+        order = torch.arange(len(places), dtype=torch.int32, device=places.device)
+        self._writer.scatter_reduce_(0, places, order, "amax")
+        return self._writer[places].long()
 
     def _tensors(self) -> TensorDictBase:
         storage: Any = self.buffer.storage
@@ -254,6 +278,7 @@ class Replay:
         self.sampler.load_state_dict(state["sampler"])
         if not state["data"]:
             return
+        self._make_room()
         filled = len(state["data"]["serial"])
         data = TensorDict(state["data"], [filled, self.envs])
         for begin in range(0, filled, chunk):

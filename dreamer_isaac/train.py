@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
+import fcntl
+import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +24,7 @@ from dreamer_isaac.checkpoint import Checkpoints
 from dreamer_isaac.collect import Collector, CollectorError, Setup, Sync, Thread
 from dreamer_isaac.compiling import as_it_is, compile_function, start_compiler
 from dreamer_isaac.config import AlgoConfig, Config, ConfigError, build, to_dict
+from dreamer_isaac.envs.contract import ObservationError
 from dreamer_isaac.learner import Learner, NonFiniteError
 from dreamer_isaac.learner_v1 import LearnerV1
 from dreamer_isaac.logger import Console, Logger, duration
@@ -44,8 +49,9 @@ class Limiter:
         ratio: the learner owes this many trained steps for every stored one, and makes no more.
         batch: trained steps of one update. start: frames before which nothing is trained.
         floor: a collector that runs by itself may get ahead until what was trained is this part of
-            what `ratio` asks for; 0 sets no limit. share: stored steps per frame. slack: frames
-            that it may be ahead in any case.
+            what `ratio` asks for; 0 sets no limit. What is still owed beyond that when the last
+            frame is there is not made up: the learning rate has come to its end by then.
+        share: stored steps per frame. slack: frames that it may be ahead in any case.
     """
 
     def __init__(
@@ -67,6 +73,10 @@ class Limiter:
     def owes(self, ready: bool) -> bool:
         """Whether an update is due."""
         return ready and self.credit >= self.batch
+
+    def behind(self) -> bool:
+        """Whether less than `floor` asks for has been trained."""
+        return self.paid < self.floor * (self.paid + self.credit)
 
     def due(self, ready: bool) -> Iterator[None]:
         """One turn for every update that may be made now; it is paid for when it is taken. What is
@@ -115,6 +125,30 @@ class StopSignal:
                 signal.signal(s, old)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a run folder to this process: two that train in one would mix their checkpoints.
+
+    Raises:
+        ConfigError: another process trains there.
+    """
+    with open(folder / ".lock", "a+") as f:
+        try:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno in (errno.EACCES, errno.EAGAIN):
+                f.seek(0)
+                raise ConfigError([
+                    f"run.dir={folder} is in use by {f.read().strip() or 'another process'}. "
+                    "Remedy: wait for it or stop it, or another run.dir."
+                ]) from None  # fmt: skip
+            # A file system without locks: nothing is known, and nothing is kept from running.
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        f.flush()
+        yield
+
+
 def learner_class(algo: AlgoConfig) -> type[Learner]:
     """Who trains with these losses."""
     return {"dreamer_v3": Learner, "dreamer_v1": LearnerV1}[algo.name]
@@ -147,11 +181,13 @@ class Run:
         )  # fmt: skip
         self.limiter = Limiter(
             cfg.optimization.replay_ratio, cfg.replay_buffer.batch_size,
-            cfg.collector.init_random_frames, cfg.optimization.replay_ratio_floor,
-            train_envs / cfg.env.num_envs, 4 * cfg.collector.frames_per_batch,
+            cfg.collector.init_random_frames, 1.0, train_envs / cfg.env.num_envs,
+            4 * cfg.collector.frames_per_batch,
         )  # fmt: skip
         self.extending = Phases(store, cfg.profiling.enabled)
         self.collector = self._collector(generators[0])
+        if isinstance(self.collector, Thread):
+            self.limiter.floor = cfg.optimization.replay_ratio_floor
         self.profiler: Profiler | None = None
         if cfg.profiling.enabled:
             self.learner.phases = Phases(self.device)
@@ -163,7 +199,10 @@ class Run:
         self.frames = 0
         self.episodes = 0.0
         self.seconds = 0.0
-        """Wall seconds of the training loop in earlier sessions of this run."""
+        """Wall seconds of the training loop up to the last save."""
+        self.logged = self.saved = 0
+        """Frames at the last log point and checkpoint that were due, not forced by an end."""
+        self.meter: Meter | None = None
 
     def _collector(self, generator: torch.Generator) -> Collector:
         cfg = self.cfg
@@ -218,6 +257,8 @@ class Run:
             CheckpointError: it could not be written; older ones are intact.
         """
         self.learner.check_finite()
+        if self.meter:
+            self.seconds = self.meter.elapsed()
         exact, curriculum = self.cfg.checkpoint.exact, self.env.curriculum_state()
         parts: dict[str, Any] = {
             "networks": self.agent.state_dict(), "learner": self.learner.state_dict(),
@@ -235,6 +276,8 @@ class Run:
         meta = {
             "config": to_dict(self.cfg), "versions": versions(), "updates": self.learner.updates,
             "episodes": self.episodes, "seconds": self.seconds, "exact": exact,
+            "logged": self.logged, "saved": self.saved,
+            "limiter": {"credit": self.limiter.credit, "paid": self.limiter.paid},
             "task": {"task": info.task, "backend": info.backend,
                      "observation_names": info.observation_names,
                      "action_names": info.action_names, "step_dt": info.step_dt,
@@ -271,6 +314,12 @@ class Run:
                 f"checkpoint.exact=true, but {found} was saved without it. Remedy: "
                 "checkpoint.exact=false, or a new run.dir."
             ])  # fmt: skip
+        if "exact" in state:
+            saved, mine = state["exact"]["collector"], self.collector.policy
+            if saved["generator"].shape != mine.generator.get_state().shape:
+                raise ConfigError([f"checkpoint.exact=true, and {found} was saved on another kind "
+                                   "of device. Remedy: env.device as it was, or "
+                                   "checkpoint.exact=false."])  # fmt: skip
         if "replay" in state:
             try:
                 self.replay.check_state(state["replay"])
@@ -280,10 +329,14 @@ class Run:
         self.learner.load_state_dict(state["learner"])
         meta = state["meta"]
         self.frames, self.episodes, self.seconds = meta["frames"], meta["episodes"], meta["seconds"]
+        self.logged, self.saved = meta.get("logged", self.frames), meta.get("saved", self.frames)
         self.collector.frames = self.frames
         self.collector.publish(self.learner.updates)
         if "replay" in state:
             self.replay.load_state_dict(state["replay"])
+            owed = meta.get("limiter", {})
+            self.limiter.credit = owed.get("credit", 0.0)
+            self.limiter.paid = owed.get("paid", 0.0)
         self.env.load_curriculum_state(state.get("curriculum", {}))
         if "exact" in state:
             self.collector.load_state_dict(state["exact"]["collector"])
@@ -331,7 +384,16 @@ class Run:
 
 
 def train(cfg: Config, folder: Path, console: Console) -> int:
-    """Train to `collector.total_frames`, evaluate, report. Returns the exit code."""
+    """Train to `collector.total_frames`, evaluate, report. Returns the exit code.
+
+    Raises:
+        ConfigError: of the checkpoint or the machine, or the folder is in use.
+    """
+    with locked(folder):
+        return _train(cfg, folder, console)
+
+
+def _train(cfg: Config, folder: Path, console: Console) -> int:
     found = Checkpoints(folder / "checkpoints").latest()
     run = Run(cfg, folder, console)
     run.replay.check_memory()
@@ -344,7 +406,7 @@ def train(cfg: Config, folder: Path, console: Console) -> int:
     elif cfg.checkpoint.init_from:
         run.start_from(cfg.checkpoint.init_from)
     (folder / "config.yaml").write_text(cli.dump(to_dict(cfg)))
-    logger = Logger(folder, cfg.logger, to_dict(cfg))
+    logger = Logger(folder, cfg.logger, to_dict(cfg), run.frames)
     logger.rewind(run.frames)
     stop = StopSignal()
     try:
@@ -354,9 +416,12 @@ def train(cfg: Config, folder: Path, console: Console) -> int:
         torch.save(run.learner.last_batch, folder / "nonfinite_batch.pt")
         console.say(f"the batch is in {folder / 'nonfinite_batch.pt'}")
         raise
-    except CollectorError:  # what was learned is whole
-        run.save()
-        console.say(f"saved at {run.frames:,} frames; the same command resumes: run.dir={folder}")
+    except (CollectorError, ObservationError):  # what was learned is whole
+        if not cfg.checkpoint.exact:  # the simulator's state would be saved as well, and is not
+            run.save()
+            console.say(
+                f"saved at {run.frames:,} frames; the same command resumes: run.dir={folder}"
+            )
         raise
     finally:
         logger.close()
@@ -376,9 +441,8 @@ def train(cfg: Config, folder: Path, console: Console) -> int:
 def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
     """Collect and learn in turn; returns why it ended."""
     cfg, learner, replay = run.cfg, run.learner, run.replay
-    meter = Meter(run)
+    meter = run.meter = Meter(run)
     metrics: dict[str, torch.Tensor] = {}
-    saved = logged = run.frames
     published = learner.updates
     most = cfg.optimization.max_updates or sys.maxsize
     with run.collector as collector:
@@ -399,6 +463,8 @@ def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
                     break  # an exact run first makes the updates that it owes
                 if collector.pending:
                     break
+                if run.frames >= cfg.collector.total_frames and not run.limiter.behind():
+                    break
             collector.allow(run.limiter.allowance(run.frames))
             if run.profiler:
                 run.profiler.updated(learner.updates)
@@ -407,8 +473,9 @@ def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
 
             done = run.frames >= cfg.collector.total_frames or learner.updates >= most
             done = done or bool(stop.number)
-            if run.frames - logged >= cfg.logger.interval_frames or done:
-                logged = run.frames
+            due = run.frames - run.logged >= cfg.logger.interval_frames
+            if due or done:
+                run.logged = run.frames if due else run.logged
                 learner.check_finite()
                 row = meter.row(metrics, collector.read_stats())
                 logger.write(row)
@@ -418,9 +485,9 @@ def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
                     run.console.say(f"profile: {run.folder / 'profile'}\n{table}")
             else:
                 run.console.progress(meter.line(meter.last), keep=False)
-            if run.frames - saved >= cfg.checkpoint.interval_frames or done:
-                saved = run.frames
-                run.seconds = meter.elapsed()
+            due = run.frames - run.saved >= cfg.checkpoint.interval_frames
+            if due or done:
+                run.saved = run.frames if due else run.saved
                 run.save()
     if stop.number:
         run.console.say(f"stopped by {signal.Signals(stop.number).name}; the same command resumes: "
@@ -448,6 +515,7 @@ class Meter:
         run, now = self.run, time.monotonic()
         seconds = max(now - self.window, 1e-9)
         frames, updates = run.frames - self.before[0], run.learner.updates - self.before[1]
+        stored = frames / run.cfg.env.num_envs * run.replay.envs
         run.episodes += stats.get("episode/episodes", 0.0)
         names = list(metrics)
         values = torch.stack([metrics[k].double() for k in names]).tolist() if names else []
@@ -455,7 +523,7 @@ class Meter:
             "frames": run.frames, "updates": run.learner.updates, "episodes": run.episodes,
             **stats, **dict(zip(names, values, strict=True)),
             **{f"curriculum/{k}": v for k, v in run.env.curriculum().items()},
-            "replay_ratio": updates * run.cfg.replay_buffer.batch_size / max(frames, 1),
+            "replay_ratio": updates * run.cfg.replay_buffer.batch_size / max(stored, 1.0),
             "time/seconds": self.elapsed(), "time/fps": frames / seconds,
             "time/updates_per_second": updates / seconds,
         }  # fmt: skip

@@ -338,6 +338,8 @@ def rates_of(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """What `collect` and `pipeline` measure on one run."""
     import torch
 
+    from dreamer_isaac.collect import Thread
+
     cfg = run.cfg
     result: dict[str, Any] = {"bench": arguments.what, "work": work(cfg) | {
         "task": cfg.env.name, "envs": cfg.env.num_envs, "sim": str(run.sim_device),
@@ -345,6 +347,8 @@ def rates_of(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
         "frames_per_batch": cfg.collector.frames_per_batch,
     }}  # fmt: skip
     run.collector.frames = cfg.collector.init_random_frames  # act with the policy from the start
+    if isinstance(run.collector, Thread):
+        run.collector.total = sys.maxsize  # the seconds end it
     phases = {"collect": (False, True)}
     if arguments.what == "pipeline":
         phases |= {"both": (True, True), "learn": (True, False)}
@@ -424,6 +428,8 @@ def main() -> None:
     parser.add_argument("--compare", action="store_true", help="time TorchRL's learner as well")
     parser.add_argument("--top", type=int, default=0, help="list this many slowest kernels")
     arguments = parser.parse_intermixed_args()
+    if set(arguments.phases.split(",")) - {"collect", "both", "learn"}:
+        parser.error("--phases: some of collect,both,learn")
     call = {"learner": learner, "replay": replay, "collect": simulated, "pipeline": simulated}
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
         result = call[arguments.what](arguments)

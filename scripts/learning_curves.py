@@ -28,6 +28,10 @@ class Curve:
     frames: list[float] = field(default_factory=list)
     returns: list[float] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    envs: int = 0
+    """Of PPO's: how many collect; 0: not said."""
+    length: float = 0.0
+    """Of PPO's: steps of the last episodes, their mean."""
 
     def at(self, second: float) -> float | None:
         """The return at that time; None where the run had not begun to report, or had ended more
@@ -58,9 +62,12 @@ def read(folder: Path, file: str, names: tuple[str, str, str], result: str) -> l
                     curve.seconds.append(float(row[names[0]]))
                     curve.frames.append(float(row[names[1]]))
                     curve.returns.append(float(row[names[2]]))
+                    curve.length = float(row.get("length") or 0)
         found = path.parent / result
         if found.exists():
-            curve.evaluation = json.loads(found.read_text()).get("evaluation", {})
+            content = json.loads(found.read_text())
+            curve.evaluation = content.get("evaluation", {})
+            curve.envs = int(content.get("num_envs", 0))
         out.append(curve)
     if not out:
         raise SystemExit(f"error: no {file} in {folder}")
@@ -116,6 +123,13 @@ def compare(dreamer: list[Curve], ppo: list[Curve], seconds: float) -> str:
     x, y = mean(ours), mean(theirs)
     if x and y and None not in ours:
         lines += ["", f"Dreamer needs {y / x:.1f} times fewer frames for that."]
+        once = [round(c.envs * c.length) for c in ppo if c.envs]
+        if once:
+            lines += [
+                f"(Episodes of {ppo[0].length:,.0f} steps in {ppo[0].envs:,} envs are {once[0]:,} "
+                "frames: PPO with so many envs cannot show what it has learned much before, "
+                "however fast it learns. With fewer envs it needs fewer frames.)"
+            ]  # fmt: skip
     return "\n".join(lines)
 
 

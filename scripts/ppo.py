@@ -1,8 +1,9 @@
 """PPO of rsl_rl on an embedded task, as a yardstick: `python scripts/ppo.py --task Isaac-Ant-v0`.
 
 The hyperparameters are those that Isaac Lab ships for its Ant. Writes `curve.csv` (frames, seconds
-since the first env step, mean return of the last N finished episodes, N envs) and `result.json`
-with a deterministic evaluation, as `dreamer_isaac.py` reports its own.
+since the first env step, mean return of the last N finished episodes, N envs; every env's first
+one begins in the middle) and `result.json` with a deterministic evaluation, as `dreamer_isaac.py`
+reports its own.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def main() -> None:
     env = Timed(sim.sim, clip_actions=cfg.env.action_bound)
     runner = OnPolicyRunner(env, ANT, None, str(device))
     with contextlib.suppress(TimeUp):
-        runner.learn(10**9, init_at_random_ep_len=False)
+        runner.learn(10**9, init_at_random_ep_len=True)  # as Isaac Lab's and mjlab's train.py
     curve.close()
 
     policy = runner.get_inference_policy(device=str(device))

@@ -314,7 +314,10 @@ def v1_losses(
             ActorNet(agent.actor.net), in_keys=["state", "belief"], out_keys=["loc", "scale"]
         ),
         ProbabilisticTensorDictModule(
-            in_keys=["loc", "scale"], out_keys=["action"], distribution_class=TanhNormal
+            in_keys=["loc", "scale"],
+            out_keys=["action"],
+            distribution_class=TanhNormal,
+            distribution_kwargs={"tanh_loc": True},
         ),
     )
     value = TensorDictModule(

@@ -68,6 +68,34 @@ def test_latents_return_to_their_records() -> None:
             assert stored["state"][t, e].tolist() == ([2, 2] if mark in refreshed else [0, 0])
 
 
+def test_where_slices_overlap_one_writes_the_whole_record() -> None:
+    """Writers of the same place raced, with more than one thread: runs were not repeatable, and a
+    record could get one slice's belief and another's state. (Small tensors are copied by one.)"""
+    threads, width = torch.get_num_threads(), 256
+    cfg = ReplayConfig(size=12 * ENVS, batch_size=64 * LENGTH, batch_length=LENGTH)
+    model = ModelConfig(belief=width, categoricals=2, classes=3)
+    replay = Replay(cfg, ENVS, 1, 1, model, torch.device("cpu"), torch.Generator().manual_seed(0))
+    full = records(0, 12).set("belief", torch.zeros(ENVS, 12, width))
+    replay.extend(full)
+    batch = replay.sample()
+    writer = torch.arange(64 * LENGTH).view(64, LENGTH, 1)
+    latents = TensorDict(
+        belief=writer.expand(-1, -1, width).float(), batch_size=[64, LENGTH],
+        state=(writer % 251).expand(-1, -1, 2).to(torch.uint8),
+    )  # fmt: skip
+    last = {int(m): i for i, m in enumerate(batch["obs"][:, 1:].flatten())}
+    try:
+        torch.set_num_threads(2)
+        for _ in range(20):
+            replay._tensors()["belief"].zero_()
+            replay.refresh(batch, latents)
+            for mark, i in last.items():
+                record = replay._tensors()[mark % 1000, mark // 1000]
+                assert (record["belief"] == i).all() and (record["state"] == i % 251).all()
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_overwritten_records_are_not_refreshed() -> None:
     replay = make()
     fill(replay, 20, 20)

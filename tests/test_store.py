@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -82,7 +84,7 @@ def there(url: str) -> dict[str, bytes]:
 
 
 def here(folder: Path) -> dict[str, bytes]:
-    files = (p for p in folder.rglob("*") if p.is_file())
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
@@ -142,14 +144,18 @@ def test_a_retry_on_another_machine_goes_on(
     upload_job(server, tmp_path, monkeypatch)
     command = [*AS_TOY, "job=s3://asset/training/t.json", "job.id=one"]
     assert cli.run(command) == 0
+    first = there("s3://asset/one")["log.txt"].decode()
     other = tmp_path / "other"
     other.mkdir()
     monkeypatch.chdir(other)  # nothing of the first attempt is here
     upload_job(server, other, monkeypatch, maxIterations=9)
     assert cli.run(command) == 0
     log = there("s3://asset/one")["log.txt"].decode()
-    assert "resumed from" in log
-    assert json.loads(there("s3://asset/one")["result.json"])["summary"]["updates"] == 9
+    assert log.startswith(first) and "resumed from" in log[len(first) :]
+    result = json.loads(there("s3://asset/one")["result.json"])
+    assert result["summary"]["updates"] == 9
+    models = {n.rpartition("/")[2] for n in there("s3://asset/one") if "/model_" in n}
+    assert set(result["checkpoints"]) == models and {"model_6.pt", "model_9.pt"} <= models
     rows = there("s3://asset/one")["metrics.csv"].decode().splitlines()[1:]
     frames = [int(r.split(",")[0]) for r in rows]
     assert frames == sorted(set(frames))
@@ -201,6 +207,45 @@ def test_what_is_rotated_away_here_goes_there_too(server: Server, tmp_path: Path
     (folder / "checkpoints" / "1" / "meta.json").unlink()
     assert publisher.close(patience=10) == []
     assert list(there("s3://asset/x")) == ["checkpoints/2/meta.json"]
+
+
+def test_an_earlier_attempts_checkpoints_are_rotated_away(server: Server, tmp_path: Path) -> None:
+    """A retry brings the newest here; the others stayed in the store for good."""
+    fs = filesystem("s3://asset")[0]
+    for name in ("01", "02", "03"):
+        fs.pipe_file(f"asset/x/checkpoints/{name}/meta.json", b"{}")
+    fs.pipe_file("asset/x/checkpoints/model_6.pt", b"1")
+    folder = tmp_path / "run"
+    write(folder / "checkpoints" / "03" / "meta.json", {})
+    publisher = Publisher(folder, "s3://asset/x", keep=3)
+
+    def kept() -> list[str]:
+        assert publisher._pass() == []
+        return sorted({n.split("/")[1] for n in there("s3://asset/x")})
+
+    assert kept() == ["01", "02", "03", "model_6.pt"]
+    write(folder / "checkpoints" / "04" / "meta.json", {})
+    assert kept() == ["02", "03", "04", "model_6.pt"]
+    for name in ("05", "06"):
+        write(folder / "checkpoints" / name / "meta.json", {})
+    (folder / "checkpoints" / "03" / "meta.json").unlink()
+    assert kept() == ["04", "05", "06", "model_6.pt"]
+
+
+def test_a_signal_while_uploading_leaves_seconds(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload_job(server, tmp_path, monkeypatch)
+    _, running = cli.read([*AS_TOY, "job=s3://asset/training/t.json", "job.id=one"])
+    server.down = True
+    assert running and running.publisher
+    running.job.folder.mkdir(parents=True)
+    hurry = running.publisher.hurry
+    monkeypatch.setattr(running.publisher, "hurry", lambda _: hurry(1.0))
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    begin = time.monotonic()
+    assert running.finish(143) == 143 and time.monotonic() - begin < 60
+    assert json.loads((running.job.folder / "result.json").read_text())["status"] == "interrupted"
 
 
 def test_a_difference_is_found_and_mended(server: Server, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,9 @@ import torch
 from dreamer_isaac import checkpoint, cli, train
 from dreamer_isaac.checkpoint import CheckpointError, Checkpoints
 from dreamer_isaac.cli import compose
-from dreamer_isaac.config import ConfigError
+from dreamer_isaac.config import ConfigError, LoggerConfig
 from dreamer_isaac.envs.toy import PointEnv
-from dreamer_isaac.logger import Console
+from dreamer_isaac.logger import Console, Logger
 from dreamer_isaac.main import main
 from dreamer_isaac.train import Limiter, Run
 
@@ -105,6 +106,46 @@ def test_limiter_pays_the_ratio_exactly() -> None:
     assert updates == 10 * 50 * 0.5 // 32
     limiter.collected(frames=200, stored=10_000)
     assert sum(1 for _ in limiter.due(False)) == 0 and limiter.credit == 0
+
+
+@pytest.mark.parametrize(("floor", "least"), [(0.0, 0), (0.5, 0.5), (1.0, 1.0)])
+def test_what_the_floor_does_not_ask_for_is_not_made_up_at_the_end(
+    floor: float, least: float, toy_overrides: list[str]
+) -> None:
+    """The whole debt was paid in the last turn, at a learning rate of 0."""
+    args = [*toy_overrides, "collector=thread", "evaluation.final=false",
+            "optimization.replay_ratio=16", f"optimization.replay_ratio_floor={floor}"]  # fmt: skip
+    assert main(compose(args)) == 0
+    run = folder(args)
+    updates = int(metrics(run)[-1]["updates"])
+    asked = 768 * 2 / 3 * 16 / 32  # after the random phase, of the stored two thirds
+    assert least * asked - 1 <= updates <= asked
+    if not floor:
+        assert updates < 0.75 * asked  # the toy is stepped in far less time than an update takes
+    meta = checkpoint.read_meta(checkpoint.find(run))
+    assert meta["limiter"]["paid"] == 32 * updates
+
+
+def test_the_replay_ratio_that_is_logged_is_the_one_asked_for(toy_overrides: list[str]) -> None:
+    assert main(compose([*toy_overrides, "evaluation.final=false"])) == 0
+    ratios = [float(row["replay_ratio"]) for row in metrics(folder(toy_overrides))]
+    assert ratios == [0.0] * 2 + [0.5] * 8  # of 12 envs 4 are only evaluated
+
+
+def test_log_points_do_not_move_when_a_run_is_resumed(
+    toy_overrides: list[str], tmp_path: Path
+) -> None:
+    args = [*toy_overrides, *EXACT, "logger.interval_frames=288", "evaluation.final=false",
+            "checkpoint.interval_frames=384", "checkpoint.keep=9"]  # fmt: skip
+    parts = [*args, f"run.dir={tmp_path / 'parts'}"]
+    assert main(compose(args)) == 0
+    for total in (480, 960):
+        assert main(compose([*parts, f"collector.total_frames={total}"])) == 0
+    for run, forced in ((folder(args), []), (tmp_path / "parts", [480])):
+        rows = [int(row["frames"]) for row in metrics(run)]
+        assert rows == sorted([288, 576, 864, 960, *forced])
+        saved = [int(p.name) for p in Checkpoints(run / "checkpoints").complete()]
+        assert saved == sorted([384, 768, 960, *forced])
 
 
 PIXELS = ["env.from_pixels=true", "env.image_size=16", "model.cnn_depth=2"]
@@ -203,6 +244,15 @@ def test_logs_rewind_to_the_checkpoint(toy_overrides: list[str]) -> None:
     assert [int(r["frames"]) for r in metrics(run)] == list(range(96, 961, 96))
 
 
+def test_a_torn_last_line_is_not_joined_to_the_next_row(tmp_path: Path) -> None:
+    """Where no row came after the checkpoint: `3` and a row of frame 300 made frame 3300."""
+    (tmp_path / "metrics.csv").write_text("frames,updates\n200,1\n3")
+    logger = Logger(tmp_path, LoggerConfig(backend="csv"), {}, frames=200)
+    logger.rewind(200)
+    logger.write({"frames": 300, "updates": 2})
+    assert [r["frames"] for r in logger.rows()] == ["200", "300"]
+
+
 def test_another_configuration_in_the_same_folder_is_refused(
     toy_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -289,6 +339,35 @@ def test_a_finished_run_is_not_trained_further(toy_overrides: list[str]) -> None
     assert len(seen) == 1 and next(iter(seen))[0] == "max_updates" and next(iter(seen))[2] == 3
 
 
+def test_a_run_goes_on_where_its_generators_are_of_another_kind(
+    toy_overrides: list[str], capsys: Any
+) -> None:
+    """As a CUDA generator's, whose state is 16 bytes: on another kind of device, or with the replay
+    buffer moved."""
+    args = [*toy_overrides, "checkpoint.replay=true", "evaluation.final=false"]
+    half = [*args, "collector.total_frames=480"]
+    for more, code in (([], 0), (EXACT, 2)):
+        run = [f"run.dir={folder(args)}-{code}", *more]
+        assert main(compose([*half, *run])) == 0
+        found = checkpoint.find(folder(run))
+        cuda = torch.zeros(16, dtype=torch.uint8)
+        meta = json.loads((found / "meta.json").read_text())
+        for name in ("learner", "replay", "exact"):
+            path = found / f"{name}.pt"
+            if path.exists():
+                state = torch.load(path, weights_only=False)
+                inner = {"learner": state, "replay": state.get("sampler"),
+                         "exact": state.get("collector")}[name]  # fmt: skip
+                inner["generator"] = cuda
+                torch.save(state, path)
+                meta["files"][path.name] = {
+                    "bytes": path.stat().st_size, "crc32": checkpoint._crc(path),
+                }  # fmt: skip
+        (found / "meta.json").write_text(json.dumps(meta))
+        assert main(compose([*args, *run])) == code
+        assert ("another kind of device" in capsys.readouterr().out) == bool(code)
+
+
 # -- breaking it -------------------------------------------------------------------------------
 
 
@@ -323,6 +402,71 @@ def test_errors_are_told_on_a_full_disk_and_without_an_old_traceback(
     assert "traceback" not in capsys.readouterr().out and not (run / "traceback.txt").exists()
 
 
+def test_two_processes_do_not_train_in_one_folder(toy_overrides: list[str], capsys: Any) -> None:
+    code = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX);"
+        "f.write('process 7 on node3'); f.flush(); print('held', flush=True); time.sleep(60)"
+    )
+    run = folder(toy_overrides)
+    run.mkdir()
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(run / ".lock")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        assert main(compose(toy_overrides)) == 2
+        assert "is in use by process 7 on node3" in capsys.readouterr().out
+    finally:
+        other.kill()
+        other.wait()
+    assert main(compose([*toy_overrides, "collector.total_frames=288"])) == 0
+
+
+def test_runs_that_start_in_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
+    name = str(tmp_path / "runs" / "20261122-084430")
+    assert [cli.claimed(name) for _ in range(3)] == [name, f"{name}-2", f"{name}-3"]
+    assert cli.claimed("/proc/none") == "/proc/none"  # the run itself says what is wrong
+
+
+def test_sigterm_outside_the_training_loop(
+    toy_overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def build(*_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("dreamer_isaac.train.start_simulator", build)
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.run(toy_overrides) == 143
+    assert "stopped at once" in capsys.readouterr().out
+    with cli.terminable():
+        with pytest.raises(cli.Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # `timeout` sends it twice
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_checkpoint_of_the_same_frame_replaces_the_old_one_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    cpu = torch.device("cpu")
+    checkpoints.save(5, {"networks": {"a": torch.zeros(1)}}, {})
+    # At no moment after the first save is there none: what is removed has been replaced.
+    removed = []
+    rmtree = shutil.rmtree
+
+    def watched(path: Any, **more: Any) -> None:
+        removed.append(Path(path).name)
+        latest = checkpoints.latest()
+        assert latest and checkpoint.load(latest, ["networks"], cpu)["networks"]["a"] == 1
+        rmtree(path, **more)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    checkpoints.save(5, {"networks": {"a": torch.ones(1)}}, {})
+    assert removed == ["000000000005.old.partial"]
+    assert [p.name for p in tmp_path.iterdir()] != [] and len(checkpoints.complete()) == 1
+
+
 def test_broken_checkpoints_are_refused_whole(toy_overrides: list[str], capsys: Any) -> None:
     main(compose([*toy_overrides, "collector.total_frames=288"]))
     run = folder(toy_overrides)
@@ -337,7 +481,7 @@ def test_broken_checkpoints_are_refused_whole(toy_overrides: list[str], capsys: 
         checkpoint.load(saved, ["networks"], torch.device("cpu"))
     networks.write_bytes(content)
     (saved / "meta.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no checkpoint of dreamer_isaac"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of dreamer_isaac.*Remedy: remove"):
         checkpoint.load(saved, ["networks"], torch.device("cpu"))
     with pytest.raises(CheckpointError, match="does not exist"):
         checkpoint.find("/no/such/place")
@@ -385,6 +529,29 @@ def test_nan_and_simulator_errors_end_with_1_and_an_intact_checkpoint(
         assert words in said and "error:" in said
         assert checkpoint.find(folder(toy_overrides)).name == "000000000576"
     assert main(compose(toy_overrides)) == 0
+
+
+@pytest.mark.parametrize("more", [[], EXACT], ids=["plain", "exact"])
+def test_what_was_learned_before_the_simulators_nan_is_saved(
+    more: list[str], toy_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nan(out: Any) -> Any:
+        out["policy"][2, 1] = torch.nan
+        return out
+
+    args = [*toy_overrides, *more, "checkpoint.interval_frames=10000000"]
+    assert run_with(monkeypatch, args, 56, nan) == 1
+    run = folder(args)
+    if more:  # the simulator's state belongs to it, and is spoiled
+        assert not Checkpoints(run / "checkpoints").complete()
+        return
+    meta = checkpoint.read_meta(checkpoint.find(run))
+    assert meta["frames"] == 576 and meta["seconds"] >= float(rows_of_time(run)[-1])
+
+
+def rows_of_time(run: Path) -> list[str]:
+    with open(run / "metrics.csv") as f:
+        return [row["time/seconds"] for row in csv.DictReader(f)]
 
 
 def test_a_nan_loss_stops_with_the_batch_saved(

@@ -13,6 +13,7 @@ import difflib
 import json
 import os
 import re
+import signal
 import time
 import uuid
 from collections.abc import Callable
@@ -385,6 +386,8 @@ class Running:
         self.job, self.patience = job, patience
         self.started, self._clock = _now(), time.monotonic()
         self.publisher = Publisher(job.folder, job.output) if is_remote(job.output) else None
+        self._models: list[str] = []
+        """Model files that an earlier attempt has left in the store."""
 
     def prepare(self, cfg: Config) -> None:
         """Make the folder, fetch what an earlier attempt and other jobs have left, start to upload.
@@ -397,6 +400,8 @@ class Running:
         cfg.run.dir = str(job.folder)
         if self.publisher and cfg.mode == "train":
             fetch_run(job.output, job.folder)
+            self._models = Folder(job.output).below("checkpoints").names()
+            self.publisher.keep = cfg.checkpoint.keep
         if is_remote(job.checkpoint):
             place, name = Folder.split(job.checkpoint)
             target = job.folder / "inputs" / name
@@ -418,7 +423,13 @@ class Running:
             code = code or 1
         if not self.publisher:
             return code
-        left = self.publisher.close(self.patience)
+        # A scheduler's signal now leaves seconds: they are for what can still be sent.
+        publisher = self.publisher
+        before = signal.signal(signal.SIGTERM, lambda *_: publisher.hurry(20.0))
+        try:
+            left = publisher.close(self.patience)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         if left:
             print(f"error: {len(left)} files could not be uploaded to {self.job.output}: {left[0]}."
                   f" They are in {self.job.folder}.", flush=True)  # fmt: skip
@@ -452,8 +463,8 @@ class Running:
         summary = folder / "summary.json"
         if code == 0 and summary.exists():
             result["summary"] = json.loads(summary.read_text())
-        there = (folder / "checkpoints").glob("model_*.pt")
-        models = [m for m in (re.fullmatch(r"model_(\d+)\.pt", p.name) for p in there) if m]
+        there = {p.name for p in (folder / "checkpoints").glob("model_*.pt")} | {*self._models}
+        models = [m for m in (re.fullmatch(r"model_(\d+)\.pt", name) for name in there) if m]
         result["checkpoints"] = [m[0] for m in sorted(models, key=lambda m: int(m[1]))]
         temporary = folder / "result.json.partial"
         temporary.write_text(json.dumps(result, indent=2) + "\n")

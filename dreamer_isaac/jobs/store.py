@@ -11,7 +11,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,8 @@ def fetch_run(url: str, folder: Path) -> None:
         checkpoint.download(file, mine / name / file)
     if there.exists("metrics.csv"):
         there.download("metrics.csv", folder / "metrics.csv")
+    if there.exists("log.txt") and not (folder / "log.txt").exists():  # it is added to
+        there.download("log.txt", folder / "log.txt")
     (mine / "latest").write_text(name + "\n")
     print(f"job: goes on from checkpoint {name} of an earlier attempt", flush=True)
 
@@ -191,12 +193,17 @@ class Publisher:
     An outage delays uploads and nothing else; what changed meanwhile is sent when it is over.
 
     Args:
-        folder: what is copied, but for `*.partial*` and `inputs/`. url: where to.
-        interval: seconds between two looks.
+        folder: what is copied, but for `*.partial*`, `.lock` and `inputs/`. url: where to.
+        interval: seconds between two looks. keep: checkpoints that stay there, an earlier attempt's
+            counted in.
     """
 
-    def __init__(self, folder: Path, url: str, interval: float = 5.0):
+    def __init__(self, folder: Path, url: str, interval: float = 5.0, keep: int = 3):
         self.folder, self.url, self.interval = folder, url.rstrip("/"), interval
+        self.keep = keep
+        self._earlier: set[str] | None = None
+        """Checkpoints of an earlier attempt that are there and not here; None: not yet known."""
+        self._until = 0.0
         self.refused = 0
         """Uploads that failed and were tried again."""
         self._sent: dict[str, tuple[int, int]] = {}
@@ -218,7 +225,8 @@ class Publisher:
         found = {}
         for path in self.folder.rglob("*"):
             relative = path.relative_to(self.folder)
-            hidden = relative.parts[0] == "inputs" or any(".partial" in p for p in relative.parts)
+            hidden = relative.parts[0] in ("inputs", ".lock")
+            hidden = hidden or any(".partial" in p for p in relative.parts)
             try:
                 if not hidden and path.is_file():
                     state = path.stat()
@@ -259,6 +267,8 @@ class Publisher:
                         break
                 else:
                     in_a_row = 0
+            if not failed:
+                self._remove_earlier(fs, root, files)
             for name in [n for n in self._sent if n not in files and n.startswith("checkpoints/")]:
                 try:
                     fs.rm_file(f"{root}/{name}")
@@ -276,6 +286,29 @@ class Publisher:
             print("uploads work again", flush=True)
         self._trouble = failed[0] if failed else ""
         return failed
+
+    def _remove_earlier(self, fs: Any, root: str, files: dict[str, tuple[int, int]]) -> None:
+        """Rotate an earlier attempt's checkpoints away, as the run itself does with its own."""
+
+        def numbers(names: Iterable[str]) -> set[str]:
+            parts = (name.split("/") for name in names)
+            return {p[1] for p in parts if len(p) > 2 and p[0] == "checkpoints" and p[1].isdigit()}
+
+        here = numbers(files)
+        if self._earlier is None:
+            try:
+                found = fs.find(f"{root}/checkpoints")
+            except FileNotFoundError:
+                found = []
+            self._earlier = numbers(f[len(root) + 1 :] for f in found) - here
+        for name in sorted(self._earlier | here)[: -self.keep]:
+            if name in self._earlier - here:
+                fs.rm(f"{root}/checkpoints/{name}", recursive=True)
+            self._earlier.discard(name)
+
+    def hurry(self, seconds: float) -> None:
+        """Let `close` go on for no longer than that."""
+        self._until = min(self._until, time.monotonic() + seconds)
 
     def _send(self, fs: Any, target: str, path: Path) -> None:
         if path.stat().st_size <= MEMORY:
@@ -295,10 +328,10 @@ class Publisher:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
-        end, pause = time.monotonic() + patience, 1.0
+        self._until, pause = time.monotonic() + patience, 1.0
         while True:
             left = self._pass() or self._differences()
-            if not left or time.monotonic() + pause > end:
+            if not left or time.monotonic() + pause > self._until:
                 return left
             time.sleep(pause)
             pause = min(2 * pause, 15.0)

@@ -73,7 +73,8 @@ Shape = tuple[int, int, int]
 
 
 class ImageEncoder(nn.Module):
-    """[..., H, W, C] uint8 -> [..., E]: four convolutions that halve the picture."""
+    """[..., H, W, C] uint8 -> [..., E]: four convolutions that halve the picture by their stride
+    (TorchRL's; the reference has stride 1 and max-pooling)."""
 
     def __init__(self, shape: Shape, depth: int):
         super().__init__()
@@ -86,12 +87,18 @@ class ImageEncoder(nn.Module):
 
 
 class ImageDecoder(nn.Module):
-    """[..., F] features -> [..., C, H, W] prediction of the picture in [0, 1] (unbounded)."""
+    """[..., F] features -> [..., C, H, W] prediction of the picture in [0, 1] (unbounded).
+
+    TorchRL's, which is not quite the reference's: the features enter as one vector cut into blocks,
+    so that of the first map's channels only the last quarter or so see the state (the reference
+    projects it to all of them), and it upsamples by transposed convolutions, without a sigmoid.
+    """
 
     def __init__(self, features: int, shape: Shape, depth: int, blocks: int):
         super().__init__()
         height, width, channels = shape
-        blocks = blocks if features % blocks == 0 else 1
+        first = 4 * depth * (height // 16) * (width // 16)  # numbers in the smallest picture
+        blocks = blocks if features % blocks == 0 and first % blocks == 0 else 1
         self.net = DreamerV3ImageDecoder(
             features, (channels, height, width), depth, num_blocks=blocks
         )
@@ -329,10 +336,12 @@ class TanhActor(nn.Module):
     """Normal policy squashed by tanh; std = softplus(. + 5's inverse), at least 1e-4.
 
     As TorchRL's `DreamerActor` with its `biased_softplus_5.0_0.0001`: a standard deviation of 5
-    where the network says 0.
+    where the network says 0; and as `TanhNormal(tanh_loc=True)` and the paper's code the mean is
+    bounded, `BOUND * tanh(. / BOUND)`: the actor learns through it alone, and one beyond would have
+    no gradient to come back by.
     """
 
-    BIAS, MIN_STD = 5.0, 1e-4
+    BIAS, MIN_STD, BOUND = 5.0, 1e-4, 5.0
 
     def __init__(self, features: int, action: int, units: int, layers: int):
         super().__init__()
@@ -342,6 +351,7 @@ class TanhActor(nn.Module):
         """[..., F] -> mean and std before the tanh: [..., A] each."""
         mean, raw = full(self.net(features)).chunk(2, -1)
         shift = math.log(math.expm1(self.BIAS - self.MIN_STD))
+        mean = self.BOUND * torch.tanh(mean / self.BOUND)
         return mean, F.softplus(raw + shift) + self.MIN_STD
 
     @staticmethod
