@@ -271,14 +271,6 @@ def _read(path: Path, device: torch.device | str, weights_only: bool, mmap: bool
         raise CheckpointError(f"{path} cannot be read: {e}") from e
 
 
-def set_generator(generator: torch.Generator, state: torch.Tensor) -> None:
-    """Let a generator go on where it was. One of another kind of device has a state of another
-    size (a run may go on elsewhere, or move its replay buffer): it keeps the one it has."""
-    state = state.cpu()
-    if state.shape == generator.get_state().shape:
-        generator.set_state(state)
-
-
 def load_networks(module: torch.nn.Module, state: dict[str, Any], source: Path) -> None:
     """Load a state dict after comparing every name and shape.
 

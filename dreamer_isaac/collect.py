@@ -24,11 +24,10 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from dreamer_isaac.checkpoint import set_generator
 from dreamer_isaac.compiling import wait_for_compiler
 from dreamer_isaac.envs.contract import Observation, SimEnv
 from dreamer_isaac.models import Agent, Carry
-from dreamer_isaac.optim import flatten
+from dreamer_isaac.optim import flatten, set_generator
 from dreamer_isaac.profiling import Phases
 
 Sink = Callable[[TensorDict], None]

@@ -43,12 +43,11 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.nn import functional as F
 
-from dreamer_isaac.checkpoint import set_generator
 from dreamer_isaac.compiling import as_it_is, compile_function, wait_for_compiler
 from dreamer_isaac.config import AlgoConfig, OptimizationConfig
 from dreamer_isaac.models import Agent
 from dreamer_isaac.models.recurrence import Recurrence
-from dreamer_isaac.optim import FlatOptimizer, LaProp, LossScale, flatten
+from dreamer_isaac.optim import FlatOptimizer, LaProp, LossScale, flatten, set_generator
 from dreamer_isaac.profiling import Phases
 
 Batch = Mapping[str, Tensor]

@@ -9,6 +9,14 @@ import torch
 from torch import Tensor, nn
 
 
+def set_generator(generator: torch.Generator, state: Tensor) -> None:
+    """Let a generator go on where it was. One of another kind of device has a state of another
+    size (a run may go on elsewhere, or move its replay buffer): it keeps the one it has."""
+    state = state.cpu()
+    if state.shape == generator.get_state().shape:
+        generator.set_state(state)
+
+
 def flatten(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None = None) -> Tensor:
     """Move parameters into one flat tensor, each a view of its part, so that one kernel can do
     what takes one per parameter otherwise. Views start at multiples of 16 elements, as vectorised

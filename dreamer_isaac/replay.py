@@ -23,8 +23,8 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
-from dreamer_isaac.checkpoint import set_generator
 from dreamer_isaac.config import ModelConfig, ReplayConfig
+from dreamer_isaac.optim import set_generator
 
 
 class RingSliceSampler(Sampler):
