@@ -240,6 +240,9 @@ class Learner:
 
         Args:
             source: the replay buffer, always the same one.
+
+        Raises:
+            ValueError: nothing can be sampled yet.
         """
         if source.device != self.device:  # records in main memory: they travel
             batch = source.sample()
@@ -653,17 +656,32 @@ class Source(Protocol):
     methods only enqueue work on the device."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where batches are."""
+        ...
 
     @property
-    def generators(self) -> list[torch.Generator]: ...
+    def generators(self) -> list[torch.Generator]:
+        """What `sample` draws from; a CUDA graph that contains it must know."""
+        ...
 
     @property
-    def slices(self) -> int: ...
+    def slices(self) -> int:
+        """B."""
+        ...
 
-    def sample(self) -> TensorDictBase: ...
+    def sample(self) -> TensorDictBase:
+        """A batch of `FIELDS` (and pixels): [B, T+1, ...], of belief and state the first record's
+        alone, [B, ...].
 
-    def refresh(self, batch: TensorDictBase, latents: TensorDictBase) -> None: ...
+        Raises:
+            ValueError: there is none yet.
+        """
+        ...
+
+    def refresh(self, batch: TensorDictBase, latents: TensorDictBase) -> None:
+        """Take the belief and state [B, T, ...] of steps 1..T of the batch sampled last."""
+        ...
 
 
 class _Given:

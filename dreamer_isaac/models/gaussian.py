@@ -58,6 +58,7 @@ class GaussianRSSM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights, and so of beliefs and states."""
         return self.joint_in.weight.dtype
 
     def project_action(self, action: Tensor) -> Tensor:

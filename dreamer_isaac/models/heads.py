@@ -318,6 +318,7 @@ class PlainDecoder(nn.Module):
         return (prediction - observation).square().sum(-1)
 
     def decode(self, features: Tensor) -> Tensor:
+        """[..., F] -> [..., O] in the observation's own units."""
         return self(features)
 
 
@@ -356,8 +357,10 @@ class TanhActor(nn.Module):
 
     @staticmethod
     def sample(mean: Tensor, std: Tensor, normal: Tensor) -> Tensor:
+        """The action, in (-1, 1), that `normal` [..., A] leads to."""
         return torch.tanh(mean + std * normal)
 
     @staticmethod
     def mode(mean: Tensor) -> Tensor:
+        """The action without noise."""
         return torch.tanh(mean)

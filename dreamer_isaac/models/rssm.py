@@ -98,7 +98,11 @@ def layer(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class BlockLinear(nn.Module):
-    """G independent linear maps on G equal parts of the input; `[..., G*I] -> [..., G*O]`."""
+    """G independent linear maps on G equal parts of the input; `[..., G*I] -> [..., G*O]`.
+
+    Raises:
+        ValueError: a width is no multiple of G.
+    """
 
     def __init__(self, inputs: int, outputs: int, blocks: int):
         super().__init__()
@@ -188,6 +192,7 @@ class RSSM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights, and so of beliefs and states."""
         return self.posterior_in.weight.dtype
 
     def project_embedding(self, embedding: Tensor) -> Tensor:
