@@ -76,7 +76,11 @@ def compose_unchecked(overrides: list[str]) -> dict[str, Any]:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             raw = OmegaConf.to_container(hydra_compose("config", overrides), resolve=True)
     except (HydraException, OmegaConfBaseException) as e:
-        raise ConfigError([" ".join(str(e).split())]) from None
+        said = " ".join(str(e).split())
+        if "--multirun" in said:
+            many = ", ".join(o for o in overrides if "," in o)
+            said = f"{many}: a key takes one value. Remedy: run once for each."
+        raise ConfigError([said]) from None
     assert isinstance(raw, dict)
     return {str(k): v for k, v in raw.items()}
 

@@ -412,13 +412,15 @@ def known_paths(cls: type = Config, prefix: str = "") -> list[str]:
 def unknown_key(path: str) -> str:
     """The message for a key that does not exist, with the nearest that do."""
     paths = known_paths()
-    near = difflib.get_close_matches(path, paths, n=3, cutoff=0.6)
+    last = path.rsplit(".", 1)[-1]
+    near = [p for p in paths if p.rsplit(".", 1)[-1] == last][:4]  # lr=... for optimization.lr=...
+    near = near or difflib.get_close_matches(path, paths, n=3, cutoff=0.6)
     if not near:
         section = path.split(".")[0]
         near = [p for p in paths if p.startswith(section + ".")] or sorted(
             {p.split(".")[0] for p in paths}
         )
-    return f"unknown key '{path}'. Known: {', '.join(near)}."
+    return f"unknown key '{path}'. Known, among others: {', '.join(near)}."
 
 
 def _convert(value: Any, kind: Any, path: str, problems: list[str]) -> Any:
@@ -645,6 +647,12 @@ def _training_contradictions(cfg: Config) -> list[str]:
         out.append(
             f"replay_buffer.batch_size={rb.batch_size} is no multiple of replay_buffer."
             f"batch_length={rb.batch_length}. Remedy: replay_buffer.batch_size={lower}."
+        )
+    if col.total_frames <= col.init_random_frames:
+        out.append(
+            f"collector.total_frames={col.total_frames} ends the run before its first update, "
+            f"which comes after collector.init_random_frames={col.init_random_frames}. "
+            "Remedy: more frames, or fewer random ones."
         )
     least = rb.batch_length * env.num_envs
     if col.init_random_frames < least:

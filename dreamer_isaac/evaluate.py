@@ -496,7 +496,8 @@ def plots(
         figure, axis = plt.subplots(figsize=(7, 4))
         ahead = np.arange(1, len(model.error) + 1)
         for i, term in enumerate(model.terms):
-            axis.plot(ahead, model.error[:, i], label=term)
+            style = ("-", "--", ":")[i // 10 % 3]  # there are ten colours
+            axis.plot(ahead, model.error[:, i], style, label=term)
         axis.axhline(1, color="k", linestyle=":", label="predicting the mean")
         axis.set(xlabel="steps ahead", ylabel="error / spread")
         axis.set_ylim(bottom=0)

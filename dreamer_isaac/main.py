@@ -146,6 +146,9 @@ def start_simulator(
 ) -> SimEnv:
     """Choose and build the environment, saying which and why."""
     backend, reason = choose_backend(cfg)
+    if cfg.env.physics != "auto" and backend != "isaaclab":
+        raise ConfigError([f"env.physics={cfg.env.physics} is Isaac Lab's, and the simulator is "
+                           f"{backend} ({reason}). Remedy: leave it out."])  # fmt: skip
     console.say(f"simulator: {backend} ({reason}), task {cfg.env.name}, {cfg.env.num_envs} envs on "
                 f"{device}; the first start on a machine compiles its kernels")  # fmt: skip
     start = time.monotonic()
@@ -184,6 +187,9 @@ def report(
         The `evaluation` part of summary.json.
     """
     start = time.monotonic()
+    film = "; rendering them takes most of the time on a CPU (evaluation.video=false: no video)"
+    console.say(f"evaluating {cfg.evaluation.episodes} episodes or more"
+                + (film if cfg.evaluation.video else ""))  # fmt: skip
     episodes = evaluate.play(env, agent, cfg.evaluation, cfg.env.seed + 1, console.say)
     summary = episodes.summary()
     console.say(f"evaluation ({cfg.evaluation.policy} policy): return "
@@ -191,7 +197,8 @@ def report(
                 f"{summary['episodes']} episodes of {summary['length_mean']:.0f} steps on average "
                 f"({duration(time.monotonic() - start)})")  # fmt: skip
     if summary["reward_terms"]:
-        shares = (f"{k} {v['mean']:.3f}" for k, v in summary["reward_terms"].items())
+        terms = summary["reward_terms"].items()
+        shares = (f"{k} {v['mean']:.3f}" for k, v in terms if v["mean"])  # not of weight 0
         console.say("  of which " + ", ".join(shares))
     views = {"evaluation.mp4": episodes.frames, "policy_view.mp4": episodes.view}
     views = {k: v for k, v in views.items() if v}
@@ -241,7 +248,8 @@ def export_run(cfg: Config, folder: Path, console: Console) -> int:
     agent, meta, bound = export.load(cfg)
     for kind, path in export.write(agent, meta, bound, folder).items():
         console.say(f"{kind}: {path} ({path.stat().st_size / 2**20:.1f} MiB)")
-    console.say("python scripts/run_policy.py <one of them> plays it")
+    console.say("python scripts/run_policy.py <one of them> plays it (policy.onnx: with "
+                "onnxruntime, which has to be installed)")  # fmt: skip
     return 0
 
 

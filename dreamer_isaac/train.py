@@ -363,7 +363,7 @@ class Run:
                        f"but the run has {pixels}")  # fmt: skip
         if odd:
             remedy = f"Remedy: the same values, or another run.dir than {self.folder}."
-            raise ConfigError([*odd, remedy])
+            raise ConfigError([*odd[:-1], f"{odd[-1]}. {remedy}"])
 
     def start_from(self, source: str) -> None:
         """Take weights of another run (`checkpoint.init_from`); everything else starts fresh.
@@ -408,6 +408,9 @@ def _train(cfg: Config, folder: Path, console: Console) -> int:
     (folder / "config.yaml").write_text(cli.dump(to_dict(cfg)))
     logger = Logger(folder, cfg.logger, to_dict(cfg), run.frames)
     logger.rewind(run.frames)
+    if cfg.logger.backend == "wandb" and cfg.logger.mode == "offline":
+        console.say(f"Weights & Biases: offline; `wandb sync {folder}/wandb/offline-*` sends it, "
+                    "or logger.mode=online at once")  # fmt: skip
     stop = StopSignal()
     try:
         with stop.installed():
@@ -550,8 +553,8 @@ class Meter:
         if run.learner.updates == 0:
             score += ", filling the replay buffer"
         return (f"{share}, {known.get('time/fps', 0):,.0f} frames/s, "
-                f"{known.get('time/updates_per_second', 0):.1f} updates/s{score}, "
-                f"ETA {duration(eta)}")  # fmt: skip
+                f"{known.get('time/updates_per_second', 0):.1f} updates/s{score}"
+                + (f", ETA {duration(eta)}" if done else ""))  # fmt: skip
 
 
 def _summary(run: Run, reason: str) -> dict[str, Any]:

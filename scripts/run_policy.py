@@ -25,7 +25,11 @@ class Onnx:
     """A `policy.onnx`."""
 
     def __init__(self, path: Path):
-        import onnxruntime
+        try:
+            import onnxruntime
+        except ImportError:
+            raise SystemExit(f"error: {path} needs onnxruntime. Remedy: pip install onnxruntime, "
+                             "or policy.pt, which needs torch.") from None  # fmt: skip
 
         self.session = onnxruntime.InferenceSession(str(path))
         known = self.session.get_modelmeta().custom_metadata_map

@@ -52,6 +52,10 @@ Program = Callable[..., subprocess.CompletedProcess[str]]
         ("algo=dreamer_v1 algo.entropy=1e-3", ["algo.entropy=0.001", "dreamer_v1"]),
         ("algo=dreamer_v1 optimization.agc=1", ["optimization.agc=1", "dreamer_v1"]),
         ("algo.grad_clip=10", ["algo.grad_clip=10", "dreamer_v3"]),
+        ("collector.total_frames=100", ["before its first update", "init_random_frames=8192"]),
+        ("lr=1e-4", ["unknown key 'lr'", "optimization.lr"]),
+        ("env.seed=0,1", ["env.seed=0,1", "run once for each"]),
+        ("model.encoder_layers=0", ["model.encoder_layers=0", "1 or more"]),
         ("model.unimix=0", ["model.unimix=0", "(0, 1)"]),
         ("replay_buffer.batch_length=1", ["replay_buffer.batch_length=1", "2 or more"]),
     ],
@@ -61,6 +65,10 @@ def test_a_mistake_is_named_with_its_remedy(override: str, words: list[str]) -> 
         compose(override.split(" "))
     for word in words:
         assert word in str(e.value)
+
+
+def test_the_first_dreamer_has_no_blocks() -> None:
+    assert compose(["algo=dreamer_v1", "model.belief=250"]).model.belief == 250
 
 
 def test_all_mistakes_come_in_one_message() -> None:

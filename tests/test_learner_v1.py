@@ -14,6 +14,7 @@ from torchrl_learners import v1_losses
 from dreamer_isaac.config import AlgoConfig, ModelConfig, OptimizationConfig
 from dreamer_isaac.learner_v1 import LearnerV1
 from dreamer_isaac.models import Agent
+from dreamer_isaac.models.heads import TanhActor
 from dreamer_isaac.optim import GroupAdam
 
 B, T, O, A, H = 3, 5, 6, 2, 4
@@ -180,3 +181,16 @@ def test_group_adam_equals_torch() -> None:
             other.step()
     for p, q in zip(mine.values(), theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_a_saturated_actor_can_come_back() -> None:
+    """Its mean is bounded before the tanh as in the paper's code; 20 had no gradient."""
+    actor = TanhActor(1, 1, 4, 1).double()
+    last = [m for m in actor.modules() if isinstance(m, torch.nn.Linear)][-1]
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.copy_(torch.tensor([20.0, 0.0]))
+    mean, std = actor(torch.ones(3, 1, dtype=torch.float64))
+    assert (mean < 5).all() and std.allclose(torch.full_like(std, 5.0))
+    actor.mode(mean).sum().backward()
+    assert last.bias.grad is not None and last.bias.grad[0] > 1e-7

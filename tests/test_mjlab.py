@@ -15,6 +15,8 @@ from dreamer_isaac.cli import compose
 from dreamer_isaac.config import ConfigError
 from dreamer_isaac.envs import SimEnv, make_env
 from dreamer_isaac.envs.mjlab import load_tasks
+from dreamer_isaac.logger import Console
+from dreamer_isaac.main import start_simulator
 
 CPU = torch.device("cpu")
 
@@ -223,3 +225,8 @@ def test_cameras_of_any_task_follow_the_robot() -> None:
     torch.testing.assert_close(away, expected.expand(4, 3, 3), atol=1e-4, rtol=0)
     assert not torch.equal(observation.pixels, first.pixels)  # type: ignore[arg-type]
     env.close()
+
+
+def test_isaac_labs_physics_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"env\.physics=physx is Isaac Lab's"):
+        start_simulator(compose(["env.backend=mjlab", "env.physics=physx"]), Console(), CPU)

@@ -19,6 +19,7 @@ from dreamer_isaac.config import AlgoConfig, ModelConfig, ReplayConfig
 from dreamer_isaac.envs.toy import ToyEnv
 from dreamer_isaac.evaluate import enlarged, side_by_side
 from dreamer_isaac.models import Agent
+from dreamer_isaac.models.heads import ImageDecoder
 from dreamer_isaac.optim import flatten
 from dreamer_isaac.replay import Replay, record_bytes
 
@@ -190,3 +191,12 @@ def test_reports_of_a_run_from_pixels(
     other = program(*toy_overrides[:-1], "mode=evaluate", f"checkpoint={run}")
     assert other.returncode == 0, other.stdout + other.stderr
     assert "observation 3 and pictures of 16 x 16 x 3" in other.stdout  # as it was trained
+
+
+def test_widths_that_blocks_do_not_divide() -> None:
+    assert ImageDecoder(32, (16, 16, 3), depth=3, blocks=8)(torch.zeros(2, 32)).shape == (
+        2,
+        3,
+        16,
+        16,
+    )

@@ -267,10 +267,11 @@ def test_another_configuration_in_the_same_folder_is_refused(
 def test_init_from_takes_the_chosen_modules(toy_overrides: list[str], tmp_path: Path) -> None:
     main(compose([*toy_overrides, "evaluation.final=false"]))
     source = weights(folder(toy_overrides))
-    new = [*toy_overrides, f"run.dir={tmp_path / 'new'}", "collector.total_frames=96",
+    new = [*toy_overrides, f"run.dir={tmp_path / 'new'}", "collector.total_frames=192",
+           "collector.init_random_frames=96", "optimization.replay_ratio=0.001",
            f"checkpoint.init_from={folder(toy_overrides)}", "evaluation.final=false",
            "checkpoint.init_modules=[rssm,critic]"]  # fmt: skip
-    main(compose(new))  # 96 frames: no update yet
+    main(compose(new))  # no update yet
     got = weights(tmp_path / "new")
     for name, value in got.items():
         if name.split(".")[0] in ("rssm", "critic", "slow_critic"):
