@@ -233,7 +233,7 @@ class Replay:
         place twice leaves open which value stays, even for parts of one vector."""
         assert self._writer is not None
         places = places.flatten()
-        self._writer[places] = -1
+        self._writer.index_fill_(0, places, -1)
         order = torch.arange(len(places), dtype=torch.int32, device=places.device)
         self._writer.scatter_reduce_(0, places, order, "amax")
         return self._writer[places].long()
