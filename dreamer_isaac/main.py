@@ -179,9 +179,12 @@ def _write_video(path: Path, frames: list[np.ndarray], fps: float, console: Cons
 
 def report(
     cfg: Config, folder: Path, env: SimEnv, agent: Agent, console: Console,
-    rows: list[dict[str, str]],
+    rows: list[dict[str, str]], trained: tuple[int, int] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The final evaluation: episodes, video and plots, in the run folder.
+
+    Args:
+        rows: of metrics.csv. trained: frames and updates of the policy, where it has any.
 
     Returns:
         The `evaluation` part of summary.json.
@@ -229,7 +232,9 @@ def report(
     for path, frames in zip(videos, views.values(), strict=True):
         path.unlink(missing_ok=True)  # an older one must not pass for this one
         _write_video(path, frames, 1 / env.info.step_dt, console)
-    page = report_page(cfg, env.info.backend, summary, pictures, [v for v in videos if v.exists()])
+    page = report_page(
+        cfg, env.info.backend, summary, pictures, [v for v in videos if v.exists()], trained
+    )
     (folder / "report.html").write_text(page)
     return summary
 
@@ -293,12 +298,13 @@ def evaluate_run(cfg: Config, folder: Path, console: Console) -> int:
                 f"this task shows {list(env.info.pixels or []) or 'none'}."
             )
         checkpoint.load_networks(agent, state["networks"], found)
-    summary = report(cfg, folder, env, agent, console, [])
+    trained = (state["meta"]["frames"], state["meta"]["updates"]) if state else None
+    summary = report(cfg, folder, env, agent, console, [], trained)
     shutil.copyfile(folder / "episodes.csv", folder / "metrics.csv")
     write_json(folder / "summary.json", {
         "env": cfg.env.name, "backend": env.info.backend, "versions": versions(),
-        "device": str(device), "policy": cfg.evaluation.policy, "evaluation": summary,
-        "exit_reason": "finished",
+        "device": str(device), "policy": cfg.evaluation.policy, "checkpoint": cfg.checkpoint.path,
+        "evaluation": summary, "exit_reason": "finished",
     })  # fmt: skip
     console.say(f"results: {folder}")
     env.close()

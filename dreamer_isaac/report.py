@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,20 @@ def _inside(path: Path) -> str:
 
 
 def page(
-    cfg: Config, backend: str, evaluation: dict[str, Any], pictures: list[Path], videos: list[Path]
-) -> str:
+    cfg: Config, backend: str, evaluation: dict[str, Any], pictures: list[Path],
+    videos: list[Path], trained: tuple[int, int] | None = None,
+) -> str:  # fmt: skip
     """The page.
 
     Args:
         evaluation: as `Episodes.summary` and the world model's figures. pictures: PNG files.
-        videos: mp4 files.
+        videos: mp4 files. trained: frames and updates of the policy.
     """
     template = Environment(autoescape=True).from_string(TEMPLATE.read_text())
     return template.render(
         task=cfg.env.name, policy=cfg.evaluation.policy, checkpoint=cfg.checkpoint.path,
-        backend=backend, seed=cfg.env.seed, e=evaluation,
+        backend=backend, seed=cfg.env.seed, e=evaluation, trained=trained,
+        date=datetime.date.today().isoformat(),
         pictures=[(p.stem.replace("_", " "), _inside(p)) for p in pictures],
         videos=[
             (v.name, _inside(v) if v.stat().st_size <= LARGEST else "") for v in videos

@@ -434,7 +434,8 @@ def _train(cfg: Config, folder: Path, console: Console) -> int:
     summary = _summary(run, reason)
     if cfg.evaluation.final and not stop.number:
         agent = run.acting_agent()
-        summary["evaluation"] = report(cfg, folder, run.env, agent, console, logger.rows())
+        summary["evaluation"] = report(cfg, folder, run.env, agent, console, logger.rows(),
+                                       (run.frames, run.learner.updates))  # fmt: skip
     write_json(folder / "summary.json", summary)
     console.say(f"results: {folder}")
     run.env.close()

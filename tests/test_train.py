@@ -86,6 +86,8 @@ def test_a_run_leaves_everything_that_is_promised(toy_overrides: list[str]) -> N
         "checkpoints/latest",
     ):
         assert (run / name).stat().st_size > 0, name
+    page = " ".join((run / "report.html").read_text().split())
+    assert "trained policy after 960 frames and 8 updates, simulator toy, seed 0, 20" in page
     rows = metrics(run)
     frames = [int(r["frames"]) for r in rows]
     assert frames == list(range(96, 961, 96))
