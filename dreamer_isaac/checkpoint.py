@@ -212,9 +212,11 @@ def read_meta(folder: Path, whole: bool = True) -> dict[str, Any]:
     Raises:
         CheckpointError: when it is damaged or of another program.
     """
-    remedy = f"Remedy: remove {folder}; the one before it is used then."
+    single = folder.is_file()
+    remedy = "Remedy: another model file." if single else (
+        f"Remedy: remove {folder} if it is a run's newest checkpoint; the one before is used then."
+    )  # fmt: skip
     try:
-        single = folder.is_file()
         meta = json.loads(_model_meta(folder) if single else (folder / "meta.json").read_text())
         files, version = {} if single else meta["files"], meta["format"]
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as e:

@@ -454,7 +454,7 @@ def test_a_checkpoint_of_the_same_frame_replaces_the_old_one_whole(
     checkpoints = Checkpoints(tmp_path, keep=1)
     cpu = torch.device("cpu")
     checkpoints.save(5, {"networks": {"a": torch.zeros(1)}}, {})
-    # At no moment after the first save is there none: what is removed has been replaced.
+    # What is removed has been replaced. (Between the two renames a kill still finds neither.)
     removed = []
     rmtree = shutil.rmtree
 
