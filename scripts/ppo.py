@@ -15,7 +15,10 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dreamer_isaac.config import Config
 
 ANT = {
     "num_steps_per_env": 32, "save_interval": 10**9, "check_for_nan": False,
@@ -42,6 +45,18 @@ class TimeUp(Exception):
     """The run has had its seconds."""
 
 
+def configuration(task: str, num_envs: int, seed: int) -> Config:
+    """Of the environment. What only Dreamer reads is set so that any number of envs passes."""
+    from dreamer_isaac.cli import compose
+
+    return compose([
+        f"env.name={task}", f"env.num_envs={num_envs}", f"env.seed={seed}",
+        "evaluation.num_envs=0", f"collector.frames_per_batch={num_envs}",
+        f"collector.init_random_frames={1000 * num_envs}",
+        f"collector.total_frames={2000 * num_envs}", f"replay_buffer.size={1000 * num_envs}",
+    ])  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", default="Isaac-Ant-v0")
@@ -52,14 +67,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/ppo"))
     arguments = parser.parse_args()
 
-    from dreamer_isaac.cli import compose
-
-    cfg = compose([
-        f"env.name={arguments.task}", f"env.num_envs={arguments.num_envs}",
-        f"env.seed={arguments.seed}", "evaluation.num_envs=0",
-        f"collector.frames_per_batch={arguments.num_envs}",
-        f"collector.init_random_frames={64 * arguments.num_envs}",
-    ])  # fmt: skip
+    cfg = configuration(arguments.task, arguments.num_envs, arguments.seed)
     import torch
     from mjlab.rl import RslRlVecEnvWrapper
     from rsl_rl.runners import OnPolicyRunner

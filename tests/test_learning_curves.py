@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import learning_curves
+import ppo
 import pytest
 from conftest import ROOT, embedded
 
@@ -64,6 +65,12 @@ def test_a_run_that_is_too_short_is_not_compared(runs: Path) -> None:
     assert dreamer[0].reaches(61.0) is None
     with pytest.raises(SystemExit, match=r"no ppo_\*/curve.csv"):
         learning_curves.read(runs / "ppo_0", "ppo_*/curve.csv", ("seconds", "frames", "return"), "")
+
+
+@pytest.mark.parametrize("num_envs", [1, 8, 4096, 65536])
+def test_ppo_takes_any_number_of_envs(num_envs: int) -> None:
+    """The default one too: what is checked for Dreamer must not refuse the yardstick."""
+    assert ppo.configuration("Isaac-Ant-v0", num_envs, seed=3).env.num_envs == num_envs
 
 
 @pytest.mark.cluster
