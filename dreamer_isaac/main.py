@@ -62,7 +62,7 @@ def main(cfg: Config) -> int:
                     f"run.dir={folder}.")  # fmt: skip
         return 1
     except Exception as e:
-        console.say(f"error: {type(e).__name__}: {e}")
+        console.say(f"error: {type(e).__name__}: {e}{remedy(e)}")
         if not isinstance(e, checkpoint.CheckpointError):
             with contextlib.suppress(OSError):
                 (folder / "traceback.txt").write_text(traceback.format_exc())
@@ -70,6 +70,22 @@ def main(cfg: Config) -> int:
         return 1
     finally:
         console.close()
+
+
+def remedy(error: Exception) -> str:
+    """What helps against an error of torch's, as the end of its message."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "\nRemedy: a smaller replay_buffer.size, or replay_buffer.gpu_storage=false; a smaller "
+            "replay_buffer.batch_size; fewer envs; or another program off the GPU."
+        )
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo", "triton")):
+        return (
+            "\nRemedy: the version of torch that pyproject.toml asks for (the compilers of others "
+            "fail on some sizes of networks), or optimization.compile.enabled=false, which is "
+            "slower."
+        )
+    return ""
 
 
 def devices(cfg: Config) -> tuple[torch.device, torch.device]:

@@ -23,6 +23,7 @@ from dreamer_isaac.checkpoint import CheckpointError, Checkpoints
 from dreamer_isaac.cli import compose
 from dreamer_isaac.config import ConfigError, LoggerConfig
 from dreamer_isaac.envs.toy import PointEnv
+from dreamer_isaac.learner import Learner
 from dreamer_isaac.logger import Console, Logger
 from dreamer_isaac.main import main
 from dreamer_isaac.train import Limiter, Run
@@ -574,6 +575,33 @@ def test_a_nan_loss_stops_with_the_batch_saved(
     run = folder(toy_overrides)
     assert torch.load(run / "nonfinite_batch.pt", weights_only=False)["reward"].isnan().any()
     assert all(torch.isfinite(w).all() for w in weights(run).values())
+
+
+class InductorError(Exception):
+    """As torch's compiler raises it."""
+
+    __module__ = "torch._inductor.exc"
+
+
+@pytest.mark.parametrize(
+    ("error", "key"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "replay_buffer.gpu_storage=false"),
+        (InductorError("PassManager::run failed"), "optimization.compile.enabled=false"),
+    ],
+)
+def test_an_error_of_torchs_says_what_helps(
+    toy_overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any, error: Exception,
+    key: str,
+) -> None:  # fmt: skip
+    def fails(self: Any, source: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Learner, "train", fails)
+    assert main(compose(toy_overrides)) == 1
+    said = capsys.readouterr().out
+    assert f"error: {type(error).__name__}: {error}\nRemedy: " in said and key in said
+    compose([*toy_overrides, key])  # the remedy is one
 
 
 def test_full_disk_while_saving(
