@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreamer_isaac.cameras import has_its_own
-from dreamer_isaac.config import Config, ConfigError, build, known_paths, to_dict, unknown_key
+from dreamer_isaac.config import (
+    Config,
+    ConfigError,
+    build,
+    known_paths,
+    leaves,
+    merged,
+    to_dict,
+    unknown_key,
+)
 from dreamer_isaac.jobs.store import StoreError
 
 if TYPE_CHECKING:
@@ -287,21 +296,26 @@ def read(overrides: list[str]) -> tuple[Config, Running | None]:
 
 def _task_of_checkpoint(overrides: list[str]) -> list[str]:
     """Overrides with the task that a policy was trained on, where the command line names a
-    checkpoint to evaluate or export and no task."""
+    checkpoint to evaluate or export and no task; and that it sees pictures, by which the number of
+    envs goes."""
     from dreamer_isaac import checkpoint
 
     given: dict[str, str] = {k: v for k, _, v in (o.partition("=") for o in overrides)}
     path = given.get("checkpoint", given.get("checkpoint.path", "")).strip("'\"")
     if given.get("mode") not in ("evaluate", "export") or not path:
         return []
-    if {"env.name", "experiment"} & given.keys():
-        return []
     try:
         env = checkpoint.read_meta(checkpoint.find(path), whole=False)["config"]["env"]
     except checkpoint.CheckpointError:
         return []  # complained about where the log is open
-    imported = [f"env.import={env['import']}"] if env.get("import") else []
-    return [f"env.name={env['name']}", *imported]
+    out = []
+    if not {"env.name", "experiment"} & given.keys():
+        out.append(f"env.name={env['name']}")
+        if env.get("import"):
+            out.append(f"env.import={env['import']}")
+    if env.get("from_pixels") == "true" and "env.from_pixels" not in given:
+        out.append("env.from_pixels=true")
+    return out
 
 
 def execute(cfg: Config) -> int:
@@ -322,20 +336,31 @@ def execute(cfg: Config) -> int:
         return e.code
 
 
-def as_trained(cfg: Config) -> None:
-    """Evaluation: what the trained policy sees, and how far it acts, is as it was trained. Known
-    before the simulator starts, which needs to know of cameras."""
+def as_trained(cfg: Config) -> str:
+    """Evaluation: what the trained policy sees, how far it acts, and the task's changes
+    (`env.cfg`, below those of the command line) are as it was trained. Known before the simulator
+    starts, which needs to know of cameras. Returns what is not as it was, in words."""
     from dreamer_isaac import checkpoint
+    from dreamer_isaac.launch import choose_backend
 
     if cfg.mode != "evaluate" or cfg.evaluation.policy != "trained":
-        return
+        return ""
     try:
         meta = checkpoint.read_meta(checkpoint.find(cfg.checkpoint.path), whole=False)
-        saved = build(meta["config"]).env
+        saved = build(meta["config"], stored=True).env
+        backend = choose_backend(cfg)[0]
     except (checkpoint.CheckpointError, ConfigError):
-        return  # it is looked for again, and complained about, where the log is open
+        return ""  # it is looked for again, and complained about, where the log is open
     for name in ("action_bound", "from_pixels", "pixels_only", "image_size", "cameras"):
         setattr(cfg.env, name, getattr(saved, name))
+    if (saved.name, meta["task"]["backend"]) == (cfg.env.name, backend):
+        cfg.env.cfg = merged(saved.cfg, cfg.env.cfg)
+        return ""
+    given = leaves(cfg.env.cfg)
+    left = {k: v for k, v in leaves(saved.cfg).items() if given.get(k) != v}
+    keys = ", ".join(f"env.cfg.{k}={v}" for k, v in left.items())
+    where = f"{saved.name} of {meta['task']['backend']}"
+    return f"trained on {where} with {keys}, which is not taken over here" if left else ""
 
 
 def dump(raw: dict[str, Any]) -> str:

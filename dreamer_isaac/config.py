@@ -14,6 +14,7 @@ import difflib
 import importlib.util
 import operator
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -266,7 +267,8 @@ class EvaluationConfig:
     """Episodes of the final evaluation (and of `mode=evaluate`), at least; every env plays the
     same number."""
     max_steps: int = 0
-    """`mode=evaluate`: episodes are cut off after so many steps, if not before; 0: the task's own
+    """Episodes of `mode=evaluate` and of the final evaluation are cut off after so many steps, if
+    not before (Direct tasks end a step earlier, as they do by themselves); 0: the task's own
     length."""
     final: bool = True
     """Evaluate at the end of a training run."""
@@ -479,19 +481,44 @@ def _section(value: Any, cls: type, prefix: str, problems: list[str]) -> Any:
     return cls(**kwargs)
 
 
-def build(raw: dict[str, Any]) -> Config:
+def build(raw: dict[str, Any], stored: bool = False) -> Config:
     """The typed and checked configuration.
+
+    Args:
+        stored: it is a checkpoint's. It was checked when its run began, where another simulator may
+            have been installed.
 
     Raises:
         ConfigError: with one line for every unknown key, wrong type, and contradiction.
     """
     problems: list[str] = []
     cfg = _section(raw, Config, "", problems)
-    if not problems:
+    if f"{cfg.env.name}-v0" in EMBEDDED_TASKS:  # as Isaac Lab 3.x writes it
+        cfg.env.name += "-v0"
+    if not problems and not stored:
         problems += contradictions(cfg)
     if problems:
         raise ConfigError(problems)
     return cfg
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings in one; where both have a value, `above`'s."""
+    out = dict(below)
+    for key, value in above.items():
+        old = out.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        out[key] = merged(old, value) if both else value  # type: ignore[arg-type]
+    return out
+
+
+def leaves(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by dotted path."""
+    out: dict[str, Any] = {}
+    for name, value in nested.items():
+        inner = isinstance(value, Mapping) and value  # an empty one is a value
+        out |= leaves(value, f"{prefix}{name}.") if inner else {prefix + str(name): value}
+    return out
 
 
 def to_dict(cfg: Any) -> Any:
@@ -604,7 +631,11 @@ def contradictions(cfg: Config) -> list[str]:
         need(name in allowed, f"checkpoint.init_modules: unknown '{name}'; allowed are "
              f"{', '.join(sorted(allowed))}.")  # fmt: skip
     out += _camera_contradictions(cfg)
-    out += task_problems(env)
+    ours = {"scene.num_envs": "env.num_envs", "seed": "env.seed", "sim.device": "env.device"}
+    for path in leaves(env.cfg):
+        need(path not in ours, f"env.cfg.{path}: set from {ours.get(path)}. Remedy: that key.")
+    if cfg.mode != "export":  # which starts no simulator
+        out += task_problems(env)
     return out
 
 

@@ -95,8 +95,14 @@ def _quantiles(sample: np.ndarray) -> dict[str, float]:
     }
 
 
-def _standard_error(sample: np.ndarray) -> float:
-    return float(sample.std(ddof=1) / np.sqrt(len(sample))) if len(sample) > 1 else 0.0
+def _standard_error(sample: np.ndarray) -> float | None:
+    """None where it is unknown: of one episode."""
+    return float(sample.std(ddof=1) / np.sqrt(len(sample))) if len(sample) > 1 else None
+
+
+def shown(error: float | None) -> str:
+    """A standard error for people."""
+    return "-" if error is None else f"{error:.3f}"
 
 
 def play(
@@ -115,6 +121,8 @@ def play(
     Args:
         cfg: `policy` chooses trained (deterministic), uniformly random or zero actions.
         watched: envs whose trajectory is kept.
+
+    An episode that has not ended when all should have, in a task without a time limit, is cut off.
     """
     envs = env.info.num_envs
     rounds = -(-cfg.episodes // envs)
@@ -128,7 +136,8 @@ def play(
     shares: Tensor | None = None
     ended: Tensor | None = None
     reasons: list[str] = []
-    shown = min(cfg.video_envs, envs)
+    filmed = min(cfg.video_envs, envs)
+    panels: list[np.ndarray] = []
     finished = torch.zeros(envs, dtype=torch.long, device=device)
     greedy = torch.ones(envs, dtype=torch.bool, device=device)
     watched = min(watched, envs)
@@ -152,17 +161,19 @@ def play(
         elif cfg.policy == "zero":
             action = torch.zeros_like(action)
         if recording and t < limit:
-            pictures = env.render(shown)
+            pictures = env.render(filmed)
             if pictures is None:
                 recording = False
                 say("no video: this simulator has no off-screen renderer here")
             else:
                 now = finished.clamp_max(rounds - 1).unsqueeze(1)
-                so_far = [x.gather(1, now)[:shown, 0].tolist() for x in (returns, lengths)]
-                frames.append(grid([
-                    labelled(np.asarray(p), f"return {r:.2f}   step {int(n)}")
-                    for p, r, n in zip(pictures, *so_far, strict=True)
-                ]))  # fmt: skip
+                so_far = [x.gather(1, now)[:filmed, 0].tolist() for x in (returns, lengths)]
+                playing = (finished[:filmed] < rounds).tolist()
+                panels = [  # one that has played its episodes stands still
+                    labelled(np.asarray(p), f"return {r:.2f}   step {int(n)}") if on else panels[i]
+                    for i, (p, on, r, n) in enumerate(zip(pictures, playing, *so_far, strict=True))
+                ]
+                frames.append(grid(panels))
         executed, outcome, following = env.step(action)
         open_ = finished < rounds
         slot = finished.clamp_max(rounds - 1).unsqueeze(1)
@@ -192,18 +203,22 @@ def play(
         observation = following
         if t % 16 == 15 and bool((finished >= rounds).all()):
             break
-    else:
-        if not bool((finished >= rounds).all()):
-            raise RuntimeError(f"an episode ran longer than {env.info.max_episode_length} steps")
     env.check_finite()
     assert shares is not None and ended is not None
-    which = ended.flatten(0, 1).cpu().tolist()
-    endings = ["+".join(r for r, y in zip(reasons, row, strict=True) if y) or "?" for row in which]
-    by_term = shares.flatten(0, 1).cpu().numpy()
+    begun = (lengths > 0).flatten()  # all of them, unless some were cut off
+    open_ = (torch.arange(rounds, device=device) >= finished.unsqueeze(1)).flatten()[begun].tolist()
+    if any(open_):
+        say(f"{sum(open_)} episodes had not ended after {longest:,} steps and are cut off there: "
+            "the task has no time limit")  # fmt: skip
+    endings = [
+        "cut off" if cut else "+".join(r for r, y in zip(reasons, row, strict=True) if y) or "?"
+        for row, cut in zip(ended.flatten(0, 1)[begun].tolist(), open_, strict=True)
+    ]
+    by_term = shares.flatten(0, 1)[begun].cpu().numpy()
     columns = [torch.stack(x, 1) for x in zip(*kept, strict=True)]
     return Episodes(
-        returns.flatten().cpu().numpy(), lengths.flatten().cpu().numpy(),
-        np.arange(envs).repeat(rounds), endings,
+        returns.flatten()[begun].cpu().numpy(), lengths.flatten()[begun].cpu().numpy(),
+        np.arange(envs).repeat(rounds)[begun.cpu().numpy()], endings,
         {name: by_term[:, i] for i, name in enumerate(names)}, Trajectory(*columns), frames,
         [enlarged(x) for x in view],
     )  # fmt: skip
@@ -257,14 +272,15 @@ class OpenLoop:
 def open_loop(agent: Agent, trajectory: Trajectory, steps: int) -> OpenLoop | None:
     """Predict `steps` steps ahead from the posterior after a few observed ones.
 
-    Only envs whose episode did not end meanwhile are used; None when there are none. The episode
-    start is looked for as late as possible, so that the posterior has seen something.
+    Only envs whose episode did not end meanwhile are used; None when there are none, or a single
+    step of a single one, which has no spread. The episode start is looked for as late as possible,
+    so that the posterior has seen something.
     """
     length = trajectory.obs.shape[1]
     for start in range(min(length - steps - 1, steps), -1, -5):
         span = slice(start, start + steps)
         whole = ~trajectory.done[:, start : start + steps].any(1)
-        if bool(whole.any()):
+        if int(whole.sum()) * steps > 1:
             break
     else:
         return None
@@ -284,9 +300,10 @@ def open_loop(agent: Agent, trajectory: Trajectory, steps: int) -> OpenLoop | No
         video = side_by_side(real[0], imagined[0, : real.shape[1]])
         if not truth.shape[2]:
             compared = real.flatten(2) / 255, imagined[:, : real.shape[1]].flatten(2)
-    spread = compared[0].std((0, 1)).clamp_min(1e-3)
+    spread = compared[0].std((0, 1))
     if compared[0] is not truth:  # most of a picture never changes: one spread for all of it
-        spread = compared[0].std((0, 1)).square().mean().sqrt().clamp_min(1e-3)
+        spread = spread.square().mean().sqrt()
+    spread = spread.clamp_min(1e-3)
     error = ((compared[1] - compared[0]) / spread).square().mean((0, 2)).sqrt()
     return OpenLoop(truth.cpu().numpy(), prediction.cpu().numpy(), error.cpu().numpy(), video)
 
@@ -339,7 +356,7 @@ def world_model(
         return None
     off = torch.cat(parts)
     groups = [n.partition("[")[0] for n in names]
-    spread = [trajectory.obs.std((0, 1))]
+    spread = [trajectory.obs.std((0, 1))] if names else []
     if trajectory.pixels is not None and off.shape[2] > len(names):
         groups.append("pixels")  # most of a picture never changes: one spread for all of it
         moving = trajectory.pixels.float().div(255).std((0, 1)).square().mean().sqrt()
@@ -433,16 +450,22 @@ def plots(
     else:
         plt.close(figure)
 
-    losses = ["reconstruction", "reward", "continue", "dynamics", "representation", "critic"]
-    if series("loss/total")[0]:
-        figure, axes = plt.subplots(2, 3, figsize=(10, 5.5), sharex=True)
-        for axis, name in zip(axes.flat, losses, strict=True):
-            x, y = series(f"loss/{name}")
-            axis.plot(x, y)
-            axis.set_title(name, fontsize=10)
+    columns = [c for r in rows[-1:] for c in r if c.startswith("loss/") and series(c)[0]]
+    losses = [c for c in columns if c != "loss/total"]
+    if losses:
+        across = -(-len(losses) // 3)
+        figure, axes = plt.subplots(
+            across, 3, figsize=(10, 0.5 + 2.5 * across), sharex=True, squeeze=False
+        )
+        for axis, column in zip(axes.flat, losses, strict=False):
+            axis.plot(*series(column))
+            axis.set_title(column.removeprefix("loss/"), fontsize=10)
             axis.grid(alpha=0.3)
-        for axis in axes[1]:
+        for axis in axes.flat[len(losses) :]:
+            axis.axis("off")
+        for axis in axes.flat[max(len(losses) - 3, 0) : len(losses)]:
             axis.set_xlabel("frames")
+            axis.tick_params(labelbottom=True)
         save(figure, "losses.png")
 
     if loop is not None and loop.video is not None:
@@ -459,24 +482,23 @@ def plots(
         save(figure, "open_loop_pixels.png")
 
     if loop is not None and loop.truth.shape[2]:
-        shown = min(8, loop.truth.shape[2])
-        figure, axes = plt.subplots(
-            -(-(shown + 1) // 3), 3, figsize=(11, 2.4 * -(-(shown + 1) // 3))
-        )
-        flat = axes.flat
-        for i in range(shown):
-            flat[i].plot(loop.truth[0, :, i], label="truth")
-            flat[i].plot(loop.prediction[0, :, i], "--", label="open loop")
+        drawn = min(8, loop.truth.shape[2])
+        down = -(-(drawn + 1) // 3)
+        figure, axes = plt.subplots(down, 3, figsize=(11, 2.4 * down))
+        flat, ahead = axes.flat, np.arange(1, loop.truth.shape[1] + 1)
+        for i in range(drawn):
+            flat[i].plot(ahead, loop.truth[0, :, i], label="truth")
+            flat[i].plot(ahead, loop.prediction[0, :, i], "--", label="open loop")
             flat[i].set_title(names[i], fontsize=9)
             flat[i].grid(alpha=0.3)
         flat[0].legend(fontsize=8)
-        flat[shown].plot(loop.error, color="k")
-        flat[shown].set_title("error / spread, all components", fontsize=9)
-        flat[shown].set_ylim(bottom=0)
-        flat[shown].grid(alpha=0.3)
+        flat[drawn].plot(ahead, loop.error, color="k")
+        flat[drawn].set_title("error / spread, all components", fontsize=9)
+        flat[drawn].set_ylim(bottom=0)
+        flat[drawn].grid(alpha=0.3)
         for axis in axes.flat[-3:]:
             axis.set_xlabel("steps ahead")
-        for axis in list(flat)[shown + 1 :]:
+        for axis in list(flat)[drawn + 1 :]:
             axis.axis("off")
         save(figure, "open_loop.png")
 

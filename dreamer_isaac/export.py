@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dreamer_isaac import checkpoint
-from dreamer_isaac.config import Config, build
+from dreamer_isaac.config import Config, build, to_dict
 from dreamer_isaac.models import Agent, Carry
 
 FORMAT = 1
@@ -86,6 +86,7 @@ def description(agent: Agent, meta: dict[str, Any], bound: float) -> dict[str, A
         "observation_names": task["observation_names"], "action_names": task["action_names"],
         "action_low": -bound, "action_high": bound, "pixels": list(agent.pixels or []),
         "sees": {k: meta["config"]["env"][k] for k in SEES},
+        "env_cfg": meta["config"]["env"]["cfg"],
         "noise": {"uniform": "uniform in [0, 1)", "normal": "standard normal"}[agent.rssm.noise],
         "inputs": {k: {"shape": ["N", *v.shape[1:]], "dtype": str(v.dtype).removeprefix("torch.")}
                    for k, v in inputs.items()},
@@ -96,7 +97,8 @@ def description(agent: Agent, meta: dict[str, Any], bound: float) -> dict[str, A
 
 
 def load(cfg: Config) -> tuple[Agent, dict[str, Any], float]:
-    """The agent of `checkpoint.path` on the CPU, its meta, and its bound of actions.
+    """The agent of `checkpoint.path` on the CPU, its meta, in which keys that came after it have
+    their defaults, and its bound of actions.
 
     Raises:
         CheckpointError
@@ -104,7 +106,7 @@ def load(cfg: Config) -> tuple[Agent, dict[str, Any], float]:
     found = checkpoint.find(cfg.checkpoint.path)
     saved = checkpoint.load(found, ["networks"], torch.device("cpu"))
     meta = saved["meta"]
-    run = build(meta["config"])
+    run = build(meta["config"], stored=True)
     names = meta["task"]
     height, width, channels = names.get("pixels") or (0, 0, 0)
     pixels = (height, width, channels) if height else None
@@ -112,7 +114,7 @@ def load(cfg: Config) -> tuple[Agent, dict[str, Any], float]:
         len(names["observation_names"]), len(names["action_names"]), run.model, run.algo, pixels
     )
     checkpoint.load_networks(agent, saved["networks"], found)
-    return agent.eval(), meta, run.env.action_bound
+    return agent.eval(), meta | {"config": to_dict(run)}, run.env.action_bound
 
 
 def write(agent: Agent, meta: dict[str, Any], bound: float, folder: Path) -> dict[str, Path]:

@@ -30,8 +30,9 @@ class Logger:
         if cfg.backend == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            again = frames + 1 if frames else None
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=again)
+            path = folder / "tensorboard"
+            again = frames + 1 if path.exists() else None  # also where a run began anew
+            self._tensorboard = SummaryWriter(str(path), purge_step=again)
         elif cfg.backend == "wandb" and cfg.mode != "disabled":
             import wandb
 

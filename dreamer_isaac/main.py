@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import platform
@@ -25,6 +26,11 @@ from dreamer_isaac.launch import choose_backend
 from dreamer_isaac.logger import Console, duration
 from dreamer_isaac.models import Agent
 from dreamer_isaac.report import page as report_page
+
+STORAGE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+)  # fmt: skip
+"""A full disk, a folder that has become read-only."""
 
 
 def main(cfg: Config) -> int:
@@ -55,13 +61,13 @@ def main(cfg: Config) -> int:
     except KeyboardInterrupt as e:
         console.say("stopped at once; the last checkpoint is what there is")
         return e.code if isinstance(e, cli.Terminated) else 130
-    except OSError as e:  # a full disk, a folder that has become read-only
-        where = e.filename or folder
-        console.say(f"error: {where}: {e.strerror or e}. Complete checkpoints are intact. Remedy: "
-                    "free disk space or make the folder writable, then the same command with "
-                    f"run.dir={folder}.")  # fmt: skip
-        return 1
     except Exception as e:
+        if isinstance(e, OSError) and e.errno in STORAGE:
+            where = e.filename or folder
+            console.say(f"error: {where}: {e.strerror or e}. Complete checkpoints are intact. "
+                        "Remedy: free disk space or make the folder writable, then the same "
+                        f"command with run.dir={folder}.")  # fmt: skip
+            return 1
         console.say(f"error: {type(e).__name__}: {e}{remedy(e)}")
         if not isinstance(e, checkpoint.CheckpointError):
             with contextlib.suppress(OSError):
@@ -205,6 +211,8 @@ def report(
     Returns:
         The `evaluation` part of summary.json.
     """
+    for name in OF_AN_EVALUATION:  # an older one must not pass for this one
+        (folder / name).unlink(missing_ok=True)
     start = time.monotonic()
     film = "; rendering them takes most of the time on a CPU (evaluation.video=false: no video)"
     console.say(f"evaluating {cfg.evaluation.episodes} episodes or more"
@@ -212,7 +220,7 @@ def report(
     episodes = evaluate.play(env, agent, cfg.evaluation, cfg.env.seed + 1, console.say)
     summary = episodes.summary()
     console.say(f"evaluation ({cfg.evaluation.policy} policy): return "
-                f"{summary['return_mean']:.3f} +- {summary['return_stderr']:.3f} over "
+                f"{summary['return_mean']:.3f} +- {evaluate.shown(summary['return_stderr'])} over "
                 f"{summary['episodes']} episodes of {summary['length_mean']:.0f} steps on average "
                 f"({duration(time.monotonic() - start)})")  # fmt: skip
     if summary["reward_terms"]:
@@ -246,13 +254,19 @@ def report(
             views["open_loop.mp4"] = loop.video
     videos = [folder / "videos" / name for name in views]
     for path, frames in zip(videos, views.values(), strict=True):
-        path.unlink(missing_ok=True)  # an older one must not pass for this one
         _write_video(path, frames, 1 / env.info.step_dt, console)
     page = report_page(
         cfg, env.info.backend, summary, pictures, [v for v in videos if v.exists()], trained
     )
     (folder / "report.html").write_text(page)
     return summary
+
+
+OF_AN_EVALUATION = (
+    "videos/evaluation.mp4", "videos/policy_view.mp4", "videos/open_loop.mp4", "world_model.csv",
+    *(f"plots/{name}.png" for name in ("open_loop", "open_loop_pixels", "world_model", "episodes")),
+)  # fmt: skip
+"""What `report` writes, or does not, by what there is to show."""
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -285,11 +299,13 @@ def evaluate_run(cfg: Config, folder: Path, console: Console) -> int:
         ])  # fmt: skip
     if cfg.evaluation.policy == "trained":
         found = checkpoint.find(cfg.checkpoint.path)
-        state = checkpoint.load(found, ["networks"], device)
-        saved = build(state["meta"]["config"])
+        state = checkpoint.load(found, ["networks", "curriculum"], device)
+        saved = build(state["meta"]["config"], stored=True)
         cfg.model, cfg.algo = saved.model, saved.algo
-        cli.as_trained(cfg)
         console.say(f"checkpoint: {found}")
+        other = cli.as_trained(cfg)
+        if other:
+            console.say(f"note: {other}")
     seed_everything(cfg.env.seed)
     (folder / "config.yaml").write_text(cli.dump(to_dict(cfg)))
     env = start_simulator(cfg, console, device, cfg.evaluation.video)
@@ -314,6 +330,14 @@ def evaluate_run(cfg: Config, folder: Path, console: Console) -> int:
                 f"this task shows {list(env.info.pixels or []) or 'none'}."
             )
         checkpoint.load_networks(agent, state["networks"], found)
+        if (names["task"], names["backend"]) == (env.info.task, env.info.backend):
+            env.load_curriculum_state(state.get("curriculum", {}))
+            if "curriculum" not in state and env.curriculum_state():
+                console.say("note: the task's curriculum begins anew: this checkpoint holds none")
+        step = names.get("step_dt") or env.info.step_dt
+        if abs(step / env.info.step_dt - 1) > 1e-3:
+            console.say(f"note: the policy was trained at {1000 * step:.1f} ms a step, and acts at "
+                        f"{1000 * env.info.step_dt:.1f} ms here")  # fmt: skip
     trained = (state["meta"]["frames"], state["meta"]["updates"]) if state else None
     summary = report(cfg, folder, env, agent, console, [], trained)
     shutil.copyfile(folder / "episodes.csv", folder / "metrics.csv")

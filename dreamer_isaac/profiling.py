@@ -121,7 +121,7 @@ class Profiler:
         return None
 
     def updated(self, updates: int) -> None:
-        """Call after updates: ends the trace when it has enough."""
+        """Call after every update: ends the trace when it has enough."""
         if self.state == "window" and updates - self._updates >= self.traced:
             self._end_trace()
 

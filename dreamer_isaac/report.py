@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment
 
 from dreamer_isaac.config import Config
+from dreamer_isaac.evaluate import shown
 
 LARGEST = 24 << 20
 """Videos of more bytes are named and not included."""
@@ -35,7 +36,7 @@ def page(
     return template.render(
         task=cfg.env.name, policy=cfg.evaluation.policy, checkpoint=cfg.checkpoint.path,
         backend=backend, seed=cfg.env.seed, e=evaluation, trained=trained,
-        date=datetime.date.today().isoformat(),
+        shown=shown, date=datetime.date.today().isoformat(),
         pictures=[(p.stem.replace("_", " "), _inside(p)) for p in pictures],
         videos=[
             (v.name, _inside(v) if v.stat().st_size <= LARGEST else "") for v in videos

@@ -349,7 +349,8 @@ class Run:
     def _check_same_run(self, meta: dict[str, Any]) -> None:
         mine, info = to_dict(self.cfg), self.env.info
         # Of an older version: what has come since was as it is by default.
-        saved, pixels = to_dict(build(meta["config"])), list(meta["task"].get("pixels") or [])
+        saved = to_dict(build(meta["config"], stored=True))
+        pixels = list(meta["task"].get("pixels") or [])
         fixed = [("env", k) for k in ("name", "num_envs", "seed", "cfg", "action_bound", "cameras")]
         fixed += [("model", k) for k in mine["model"] if k != "cnn_depth" or info.pixels]
         fixed += [("algo", "name"), ("evaluation", "num_envs")]
@@ -461,6 +462,10 @@ def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
             learner.optimizer.progress.fill_(run.progress())
             for _ in run.limiter.due(replay.ready):
                 metrics = learner.train(replay)
+                # At once: what the collector waits for must not be the end of the whole debt.
+                collector.allow(run.limiter.allowance(run.frames))
+                if run.profiler:
+                    run.profiler.updated(learner.updates)
                 if run.device.type == "cpu":
                     learner.check_finite()  # costs nothing here, and keeps the batch that did it
                 if learner.updates >= most or (stop.number and not cfg.checkpoint.exact):
@@ -470,8 +475,6 @@ def _loop(run: Run, logger: Logger, stop: StopSignal) -> str:
                 if run.frames >= cfg.collector.total_frames and not run.limiter.behind():
                     break
             collector.allow(run.limiter.allowance(run.frames))
-            if run.profiler:
-                run.profiler.updated(learner.updates)
             if learner.updates > published and collector.publish(learner.updates):
                 published = learner.updates
 

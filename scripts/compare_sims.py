@@ -41,7 +41,7 @@ def main() -> int:
         names = [r.strip("/").replace("/", "_") for r in runs]
     policies = dict(zip(names, runs, strict=True)) | {"random": "", "zero": ""}
     task = trained_on(runs[0])["task"]
-    overrides.insert(0, f"env.action_bound={trained_on(runs[0])['action_bound']}")  # baselines' too
+    overrides[:0] = trained_on(runs[0])["env"]  # also for the baselines and other simulators
     for label, run in policies.items():
         for backend, python in pythons.items():
             result = evaluate(label, run, backend, python, task, a.episodes, a.out, overrides)
@@ -54,11 +54,16 @@ def main() -> int:
 
 
 def trained_on(run: str) -> dict[str, Any]:
-    """Task, simulator and bound of actions of a run, from its checkpoint."""
+    """Task and simulator of a run from its checkpoint, and as `env` its bound of actions and its
+    changes of the task as overrides."""
     from dreamer_isaac import checkpoint
+    from dreamer_isaac.config import leaves
 
     meta = checkpoint.read_meta(checkpoint.find(run))
-    return meta["task"] | {"action_bound": meta["config"]["env"]["action_bound"]}
+    env = meta["config"]["env"]
+    changes = [f"env.cfg.{k}={json.dumps(v)}" for k, v in leaves(env["cfg"]).items()]
+    changes += [f"env.import={env['import']}"] if env.get("import") else []
+    return meta["task"] | {"env": [f"env.action_bound={env['action_bound']}", *changes]}
 
 
 def evaluate(
@@ -95,7 +100,8 @@ def cell(result: dict[str, Any]) -> str:
     if "error" in result:
         return result["error"].splitlines()[-1]
     e = result["evaluation"]
-    return f"{e['return_mean']:.2f} +- {e['return_stderr']:.2f}"
+    error = e["return_stderr"]
+    return f"{e['return_mean']:.2f} +- " + ("-" if error is None else f"{error:.2f}")
 
 
 def table(results: list[dict[str, Any]], backends: list[str]) -> str:

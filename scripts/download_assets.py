@@ -35,6 +35,7 @@ from dreamer_isaac.assets.mirror import (
     Mirror,
     UnsafePath,
     category_prefixes,
+    parse,
 )
 from dreamer_isaac.assets.references import NeedsUsd
 
@@ -52,7 +53,8 @@ def arguments() -> argparse.Namespace:
     what.add_argument("--pack", type=Path, metavar="TAR", help="write the mirror into one file")
     what.add_argument("--unpack", type=Path, metavar="TAR", help="add a packed mirror to this one")
     parser.add_argument("--subset", default="", help="a folder of the categories, e.g. Unitree")
-    parser.add_argument("--release", default="5.1", help="of the assets; Isaac Lab 2.3 uses 5.1")
+    parser.add_argument("--release", help="of the assets; by default the installed Isaac Lab's "
+                        "with --task, else 5.1, which Isaac Lab 2.3 uses")  # fmt: skip
     parser.add_argument("--root", type=Path, default=Path("offline_assets"))
     parser.add_argument("--server", default=SERVER)
     parser.add_argument("--workers", type=int, default=8)
@@ -60,8 +62,9 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def task_assets(task: str, release: str) -> list[Asset]:
-    """What a task names, from its configuration."""
+def task_assets(task: str, release: str | None) -> tuple[str, list[Asset]]:
+    """What a task names, from its configuration; of the release that Isaac Lab reads unless
+    another is asked for, which is returned first."""
     from dreamer_isaac.assets.tasks import assets_of, with_run_time
     from dreamer_isaac.cli import compose
     from dreamer_isaac.config import isaaclab_available
@@ -72,8 +75,18 @@ def task_assets(task: str, release: str) -> list[Asset]:
     from dreamer_isaac.envs.isaaclab import entry_point, task_config
 
     cfg = compose([f"env.name={task}"])
-    named = with_run_time(assets_of(task_config(cfg, "cpu")), release, entry_point(cfg))
-    return sorted(a for a in named if a.release == release)
+    config = task_config(cfg, "cpu")
+    if release is None:
+        from isaaclab.utils import assets as isaaclab_assets
+
+        own = parse(f"{isaaclab_assets.NUCLEUS_ASSET_ROOT_DIR}/Isaac")
+        release = own.release if own else "5.1"
+    named = with_run_time(assets_of(config), release, entry_point(cfg))
+    other = {a.release for a in named} - {release}
+    if other:
+        print(f"{task} names assets of release {', '.join(sorted(other))} too, which --release "
+              "fetches", file=sys.stderr)  # fmt: skip
+    return release, sorted(a for a in named if a.release == release)
 
 
 def main() -> int:
@@ -95,9 +108,15 @@ def main() -> int:
 
 
 def verify(mirror: Mirror) -> int:
-    wrong = 0
-    for release in mirror.releases():
+    releases, wrong = mirror.releases(), 0
+    if not releases:
+        raise DownloadError(f"{mirror.root} holds no assets.")
+    for release in releases:
         downloader = Downloader(mirror, release)
+        if not downloader.manifest:
+            print(f"{release}: no manifest says what its files should be")
+            wrong += 1
+            continue
         problems = downloader.verify()
         wrong += len(problems)
         for name, problem in problems.items():
@@ -114,8 +133,12 @@ def fetch(a: argparse.Namespace, mirror: Mirror) -> int:
         bar.set_description_str(name.rsplit("/", 1)[-1][:30], refresh=False)
         bar.update(done - bar.n)
 
-    downloader = Downloader(mirror, a.release, a.server, a.workers, progress=progress)
-    start: list[Any]
+    start: list[Any] = []
+    release = a.release
+    if a.task:
+        release, start = task_assets(a.task, release)
+    release = release or "5.1"
+    downloader = Downloader(mirror, release, a.server, a.workers, progress=progress)
     if a.categories:
         names = list(CATEGORIES) if "all" in a.categories else a.categories
         unknown = [n for n in names if n not in CATEGORIES]
@@ -131,10 +154,8 @@ def fetch(a: argparse.Namespace, mirror: Mirror) -> int:
         if not planned:
             raise DownloadError(f"{a.server} has nothing below {', '.join(prefixes)}.")
         start = planned
-    elif a.task:
-        start = task_assets(a.task, a.release)
-    else:
-        start = [Asset(a.release, path) for path in a.files]
+    elif a.files:
+        start = [Asset(release, path) for path in a.files]
     if a.dry_run:
         return dry_run(downloader, start)
     report = downloader.run(start)

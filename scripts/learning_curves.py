@@ -26,7 +26,8 @@ class Curve:
     seed: int
     seconds: list[float] = field(default_factory=list)
     frames: list[float] = field(default_factory=list)
-    returns: list[float] = field(default_factory=list)
+    returns: list[float | None] = field(default_factory=list)
+    """None where no episode had ended yet; the last one where none has ended since."""
     evaluation: dict[str, Any] = field(default_factory=dict)
     envs: int = 0
     """Of PPO's: how many collect; 0: not said."""
@@ -44,25 +45,31 @@ class Curve:
     def reaches(self, level: float) -> float | None:
         """The frame at which the return is first that high."""
         pairs = zip(self.frames, self.returns, strict=True)
-        return next((f for f, r in pairs if r >= level), None)
+        return next((f for f, r in pairs if r is not None and r >= level), None)
 
 
 def read(folder: Path, file: str, names: tuple[str, str, str], result: str) -> list[Curve]:
-    """Every run's curve. Rows without a return, or before any episode has ended, are left out.
+    """Every run's curve.
 
     Raises:
-        SystemExit: there is none.
+        SystemExit: there is none, or one of another program.
     """
     out = []
     for path in sorted(folder.glob(file)):
         curve = Curve(int(path.parent.name.rpartition("_")[2]))
         with open(path, newline="") as f:
-            for row in csv.DictReader(f):
-                if row[names[2]] and float(row.get("episodes") or 0):
-                    curve.seconds.append(float(row[names[0]]))
-                    curve.frames.append(float(row[names[1]]))
-                    curve.returns.append(float(row[names[2]]))
-                    curve.length = float(row.get("length") or 0)
+            rows = csv.DictReader(f)
+            if not set(names[:2]) <= set(rows.fieldnames or ()):
+                raise SystemExit(f"error: {path} has no columns {names[0]} and {names[1]}")
+            for row in rows:
+                curve.seconds.append(float(row[names[0]]))
+                curve.frames.append(float(row[names[1]]))
+                known = row.get(names[2]) and float(row.get("episodes") or 0)
+                last = curve.returns[-1] if curve.returns else None
+                curve.returns.append(float(row[names[2]]) if known else last)
+                curve.length = float(row.get("length") or 0) if known else curve.length
+        if not curve.seconds:
+            raise SystemExit(f"error: {path} has no rows")
         found = path.parent / result
         if found.exists():
             content = json.loads(found.read_text())
@@ -101,7 +108,7 @@ def compare(dreamer: list[Curve], ppo: list[Curve], seconds: float) -> str:
         what: str, a: Sequence[float | None], b: Sequence[float | None], digits: int = 1
     ) -> None:
         x, y = mean(a), mean(b)
-        ratio = "-" if x is None or y is None else f"{x / y:.2f}"
+        ratio = "-" if x is None or y is None or y <= 0 else f"{x / y:.2f}"
         lines.append(f"| {what} | {shown(a, digits)} | {shown(b, digits)} | {ratio} |")
 
     for share in (0.1, 0.25, 0.5, 1.0):
@@ -116,6 +123,8 @@ def compare(dreamer: list[Curve], ppo: list[Curve], seconds: float) -> str:
     final = mean([c.at(seconds) for c in ppo])
     if final is None:
         lines += ["", f"PPO's runs are shorter than {seconds:,.0f} s."]
+        return "\n".join(lines)
+    if final <= 0:  # half of it would be better, not worse
         return "\n".join(lines)
     half = final / 2
     ours, theirs = ([c.reaches(half) for c in cs] for cs in (dreamer, ppo))

@@ -126,13 +126,19 @@ def main() -> int:
     policy = load(a.policy)
     about = policy.about
     from dreamer_isaac.cli import compose
+    from dreamer_isaac.config import ConfigError, merged
     from dreamer_isaac.launch import choose_backend, simulator
 
-    cfg = compose([
-        "mode=evaluate", "evaluation.policy=zero", f"env.name={about['task']}",
-        f"env.num_envs={min(a.episodes, 16)}", f"env.action_bound={about['action_high']}",
-        *a.overrides,
-    ])  # fmt: skip
+    try:
+        cfg = compose([
+            "mode=evaluate", "evaluation.policy=zero", f"env.name={about['task']}",
+            f"env.num_envs={min(a.episodes, 16)}", f"env.action_bound={about['action_high']}",
+            *a.overrides,
+        ])  # fmt: skip
+    except ConfigError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    cfg.env.cfg = merged(about.get("env_cfg", {}), cfg.env.cfg)  # the task as it was trained
     for key, value in about["sees"].items():
         setattr(cfg.env, key, value)
     with simulator(cfg):
@@ -150,10 +156,15 @@ def main() -> int:
         names = about["observation_names"], about["action_names"]
         if names != (env.info.observation_names, env.info.action_names):
             env.bind(*names)
+        trained = about["step_seconds"] or env.info.step_dt
+        if abs(trained / env.info.step_dt - 1) > 1e-3:
+            print(f"note: the policy was trained at {1000 * trained:.1f} ms a step, and acts at "
+                  f"{1000 * env.info.step_dt:.1f} ms here", file=sys.stderr)  # fmt: skip
         returns = play(env, Controller(policy, env.info.num_envs), a.episodes)
         env.close()
-    error = returns.std(ddof=1) / len(returns) ** 0.5 if len(returns) > 1 else 0.0
-    print(f"return {returns.mean():.3f} +- {error:.3f} over {len(returns)} episodes")
+    one = len(returns) == 1
+    error = "-" if one else f"{returns.std(ddof=1) / len(returns) ** 0.5:.3f}"
+    print(f"return {returns.mean():.3f} +- {error} over {len(returns)} episodes")
     return 0
 
 

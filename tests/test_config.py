@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import embedded
 
+from dreamer_isaac import checkpoint, cli
 from dreamer_isaac.cli import compose
-from dreamer_isaac.config import ConfigError, build, to_dict
+from dreamer_isaac.config import ConfigError, build, leaves, merged, to_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 Program = Callable[..., subprocess.CompletedProcess[str]]
@@ -147,3 +150,81 @@ def test_help_and_cfg(program: Program) -> None:
     result = program("--cfg", "env.seed=5")
     assert result.returncode == 0 and "seed: 5" in result.stdout
     assert program("--nonsense").returncode == 2
+
+
+# -- what a checkpoint says ----------------------------------------------------------------------
+
+
+def stored(folder: Path, backend: str = "toy", **env: Any) -> Path:
+    """The part of a checkpoint that is read before the simulator starts."""
+    config = to_dict(compose(["env.backend=toy"]))
+    config["env"] |= env
+    folder.mkdir(exist_ok=True)
+    (folder / "meta.json").write_text(json.dumps({
+        "format": checkpoint.FORMAT, "files": {}, "config": config,
+        "task": {"task": config["env"]["name"], "backend": backend, "step_dt": 0.1},
+    }))  # fmt: skip
+    return folder
+
+
+def test_nested_mappings() -> None:
+    below, above = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"c": 4}, "e": {}}
+    assert merged(below, above) == {"a": {"b": 1, "c": 4}, "d": 3, "e": {}}
+    assert leaves(merged(below, above)) == {"a.b": 1, "a.c": 4, "d": 3, "e": {}}
+    assert below == {"a": {"b": 1, "c": 2}, "d": 3}
+
+
+def test_an_evaluation_is_on_the_task_that_was_changed_for_training(tmp_path: Path) -> None:
+    run = stored(tmp_path / "c", cfg={"decimation": 4, "rewards": {"alive": {"weight": 5}}},
+                 action_bound=0.5)  # fmt: skip
+    given = ["mode=evaluate", "env.backend=toy", f"checkpoint={run}"]
+    cfg = compose([*given, "env.cfg.decimation=2"])
+    for _ in range(2):  # before the simulator starts, and where the log is open
+        assert cli.as_trained(cfg) == ""
+    assert cfg.env.cfg == {"decimation": 2, "rewards": {"alive": {"weight": 5}}}
+    assert cfg.env.action_bound == 0.5
+    other = compose([*given, "env.name=Isaac-Ant-v0", "env.cfg.decimation=4"])
+    said = cli.as_trained(other)
+    assert other.env.cfg == {"decimation": 4}
+    assert "env.cfg.rewards.alive.weight=5, which is not taken over" in said
+    assert "decimation" not in said
+    stored(tmp_path / "c", "mjlab", cfg={"decimation": 4})
+    elsewhere = compose([*given])
+    assert "of mjlab with env.cfg.decimation=4" in cli.as_trained(elsewhere)
+    assert elsewhere.env.cfg == {}
+
+
+def test_a_stored_configuration_is_not_checked_again(tmp_path: Path) -> None:
+    """It comes from where another simulator is installed, or from before a check."""
+    run = stored(tmp_path / "c", name="Isaac-Velocity-Flat-Anymal-C-v0", backend="auto")
+    raw = json.loads((run / "meta.json").read_text())["config"]
+    raw["algo"] |= {"name": "dreamer_v1", "entropy": 1e-3}
+    with pytest.raises(ConfigError):
+        build(raw)
+    assert build(raw, stored=True).env.name == "Isaac-Velocity-Flat-Anymal-C-v0"
+    with pytest.raises(ConfigError, match=r"env\.new"):
+        build(raw | {"env": raw["env"] | {"new": 1}}, stored=True)
+    overrides = ["mode=export", f"checkpoint={run}"]
+    cfg, _ = cli.read(overrides)
+    assert cfg.env.name == "Isaac-Velocity-Flat-Anymal-C-v0"  # starts no simulator
+
+
+def test_a_policy_that_sees_is_evaluated_in_few_envs(tmp_path: Path) -> None:
+    run = stored(tmp_path / "c", from_pixels="true")
+    cfg, _ = cli.read(["mode=evaluate", f"checkpoint={run}", "env.backend=toy"])
+    assert (cfg.env.num_envs, cfg.env.from_pixels) == (32, "true")
+    plain = stored(tmp_path / "d")
+    cfg, _ = cli.read(["mode=evaluate", f"checkpoint={plain}", "env.backend=toy"])
+    assert cfg.env.num_envs > 32
+
+
+def test_both_spellings_of_the_embedded_tasks() -> None:
+    assert compose(["env.name=Isaac-Ant", "env.backend=mjlab"]).env.name == "Isaac-Ant-v0"
+    assert compose(["env.name=Isaac-Ant-v0", "env.backend=mjlab"]).env.name == "Isaac-Ant-v0"
+
+
+@pytest.mark.parametrize(("path", "key"), [("scene.num_envs", "env.num_envs"), ("seed", "env.seed"),
+                                           ("sim.device", "env.device")])  # fmt: skip
+def test_what_has_a_key_of_its_own_is_not_set_behind_it(path: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"set from {key}"):
+        compose([f"env.cfg.{path}=7"])

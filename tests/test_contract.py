@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import check_that_nothing_changes_later
+from torchrl.data import Categorical, Composite, Unbounded
 
 from dreamer_isaac.collect import EpisodeStats, Setup, Sync
-from dreamer_isaac.config import AlgoConfig, ModelConfig
+from dreamer_isaac.config import AlgoConfig, ConfigError, ModelConfig
 from dreamer_isaac.envs import curriculum
-from dreamer_isaac.envs.contract import ObservationError, SimEnv
+from dreamer_isaac.envs.contract import ObservationError, SimEnv, check_specs
 from dreamer_isaac.envs.toy import DT, LENGTH, LIMIT, ToyEnv
 from dreamer_isaac.models import Agent
 
@@ -176,11 +177,26 @@ def test_a_simulator_without_restorable_state_says_so() -> None:
 def test_the_curriculum_is_logged_saved_and_restored(tmp_path: Path) -> None:
     """On an object with the parts of mjlab's and Isaac Lab's environments that it concerns."""
 
+    class Adaptive:
+        """A term that keeps something of its own, as Isaac Lab's DifficultyScheduler."""
+
+        difficulty = torch.zeros(3)
+
+        def get_state(self) -> torch.Tensor:
+            return self.difficulty
+
+        def set_state(self, state: torch.Tensor) -> None:
+            self.difficulty = state.clone()
+
     class Sim(SimpleNamespace):
         def __init__(self, state: dict[str, Any]) -> None:
             super().__init__(
-                curriculum_manager=SimpleNamespace(_curriculum_state=state),
-                common_step_counter=0, scene=SimpleNamespace(terrain=SimpleNamespace(
+                curriculum_manager=SimpleNamespace(
+                    _curriculum_state=state, active_terms=list(state), _term_names=["adr"],
+                    _term_cfgs=[SimpleNamespace(func=Adaptive())], compute=lambda env_ids: None,
+                ),
+                device=torch.device("cpu"), common_step_counter=0,
+                scene=SimpleNamespace(terrain=SimpleNamespace(
                     terrain_levels=torch.zeros(3, dtype=torch.long),
                     terrain_types=torch.tensor([1, 0, 1]), env_origins=torch.zeros(3, 3),
                     terrain_origins=torch.arange(4 * 2 * 3.0).reshape(4, 2, 3),
@@ -192,15 +208,22 @@ def test_the_curriculum_is_logged_saved_and_restored(tmp_path: Path) -> None:
     assert curriculum.levels(sim) == {"terrain/mean": 1.5, "terrain/max": 3.0, "weight": 0.25}
     sim.common_step_counter = 77
     sim.scene.terrain.terrain_levels[:] = torch.tensor([3, 0, 2])
+    sim.curriculum_manager._term_cfgs[0].func.set_state(torch.tensor([0.1, 0.2, 0.3]))
     torch.save(curriculum.state(sim), tmp_path / "state.pt")
     other = Sim(reported)
+    weights = []
 
     def promote(env_ids: Any = None) -> None:
-        other.scene.terrain.terrain_levels += 1
+        ids = slice(None) if env_ids is None else env_ids
+        other.scene.terrain.terrain_levels[ids] += 1
+        weights.append(5.0 if other.common_step_counter > 50 else 1.0)
 
     other.curriculum_manager.compute = promote
     curriculum.restore(other, torch.load(tmp_path / "state.pt", weights_only=True))
     assert other.common_step_counter == 77
+    assert weights == [5.0]  # a schedule holds before any episode has ended
+    kept = other.curriculum_manager._term_cfgs[0].func
+    assert kept.difficulty.tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert other.scene.terrain.terrain_levels.tolist() == [3, 0, 2]
     assert other.scene.terrain.env_origins[:, 0].tolist() == [21.0, 0.0, 15.0]
     other.curriculum_manager.compute(env_ids=None)  # the reset that a resumed run begins with
@@ -211,6 +234,65 @@ def test_the_curriculum_is_logged_saved_and_restored(tmp_path: Path) -> None:
     untouched = Sim(reported)
     curriculum.restore(untouched, {})
     assert untouched.common_step_counter == 0
+    silent = Sim({"of reward weights, reports nothing": None})
+    assert curriculum.levels(silent) == {} and curriculum.state(silent)
+
+
+def test_a_curriculum_goes_over_to_another_number_of_envs() -> None:
+    levels = torch.tensor([0, 1, 1, 2, 2, 2, 2, 3])
+    assert curriculum._spread(levels, 4).tolist() == [0, 1, 2, 2]
+    assert curriculum._spread(levels, 16).tolist() == sorted(2 * levels.tolist())
+    assert curriculum._spread(levels, 8).tolist() == levels.tolist()
+
+
+class Task(SimpleNamespace):
+    """What `check_specs` looks at."""
+
+
+def test_tasks_that_do_not_fit_are_refused_in_words() -> None:
+    vector, real = Unbounded(torch.Size([4, 3])), Unbounded(torch.Size([4, 2]))
+
+    def complaint(group: str, observed: Any, action: Any) -> str:
+        env: Any = Task(observation_spec=Composite(policy=observed), action_spec=action)
+        try:
+            check_specs("T", env, group)
+        except ConfigError as e:
+            return str(e)
+        return ""
+
+    assert complaint("policy", vector, real) == ""
+    parts = Composite(joints=vector, base=vector)
+    assert complaint("", parts, real) == ""  # from pixels alone
+    assert "joints, base" in complaint("policy", parts, real)
+    assert "group 'actor'. There: policy." in complaint("actor", vector, real)
+    assert "arrays of [5, 3]" in complaint("policy", Unbounded(torch.Size([4, 5, 3])), real)
+    assert "no vector of real" in complaint("policy", vector, Categorical(3, torch.Size([4])))
+
+
+def test_a_finite_horizon_ends_in_a_terminal_state() -> None:
+    """As mjlab and Isaac Lab mean `is_finite_horizon`: nothing comes after the time limit."""
+    for finite in (False, True):
+        env: SimEnv = ToyEnv(5, 0)
+        env.sim = SimpleNamespace(cfg=SimpleNamespace(is_finite_horizon=finite))
+        SimEnv.__init__(env, env.env, env.info, "policy", 1.0)
+        env.reset()
+        ends = torch.zeros(2)
+        for _ in range(45):
+            _, outcome, _ = env.step(torch.zeros(5, 1))
+            ends += torch.stack([outcome.terminated.sum(), outcome.truncated.sum()])
+        assert (ends[1] > 0) != finite and ends.sum() >= 5
+
+
+def test_nan_that_only_the_simulator_sees_ends_a_run_from_pixels() -> None:
+    env = ToyEnv(3, 0)
+    env.info.observation = 0  # as with env.pixels_only
+    env.reset()
+    env.step(torch.zeros(3, 1))
+    env.check_finite()
+    env.env.obs[1, 2] = torch.nan  # the clock, which no reward depends on
+    env.step(torch.zeros(3, 1))
+    with pytest.raises(ObservationError):
+        env.check_finite()
 
 
 def test_observations_and_actions_are_matched_by_name() -> None:

@@ -15,11 +15,25 @@ from conftest import embedded
 
 from dreamer_isaac import cli
 from dreamer_isaac.cli import compose
+from dreamer_isaac.config import AlgoConfig, EvaluationConfig, ModelConfig
 from dreamer_isaac.envs import make_env
-from dreamer_isaac.evaluate import Episodes, Trajectory, grid, labelled, play, world_model
+from dreamer_isaac.envs.contract import Observation
+from dreamer_isaac.envs.toy import ToyEnv
+from dreamer_isaac.evaluate import (
+    Episodes,
+    Trajectory,
+    grid,
+    labelled,
+    play,
+    shown,
+    world_model,
+)
 from dreamer_isaac.models import Agent
 
 CPU = torch.device("cpu")
+SMALL: Any = {
+    "belief": 8, "hidden": 4, "categoricals": 2, "classes": 3, "blocks": 2, "units": 4, "bins": 9,
+}  # fmt: skip
 
 
 def episodes(returns: list[float], endings: list[str]) -> Episodes:
@@ -38,6 +52,62 @@ def test_statistics_by_hand() -> None:
     assert found["length_quantiles"]["0"] == 1.0
     assert found["endings"] == {"fell": 2, "success": 1, "time_out": 1} and found["success"] == 0.25
     assert "success" not in episodes([1.0], ["fell"]).summary()
+
+
+def test_one_episode_has_no_standard_error() -> None:
+    found = episodes([1.0], ["fell"]).summary()
+    assert found["return_stderr"] is None and shown(found["return_stderr"]) == "-"
+
+
+class Endless(ToyEnv):
+    """Without a time limit, as a task can be; the first env never falls either."""
+
+    def step(self, action: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
+        self.env.obs[0] = 0.0
+        executed, outcome, observation = super().step(0 * action)
+        outcome.truncated.zero_()
+        return executed, outcome, observation
+
+    def limit_episodes(self, steps: int) -> None:
+        self.info.max_episode_length = steps
+
+
+def test_a_task_without_a_time_limit_is_cut_off() -> None:
+    env = Endless(4, 0)
+    env.env.length = 10**6
+    said: list[str] = []
+    cfg = EvaluationConfig(episodes=8, max_steps=20, policy="zero", video=False)
+    agent = Agent(3, 1, ModelConfig(**SMALL), AlgoConfig())
+    env.reset()
+    env.env.obs[1:, 0] = 1.4
+    env.env.obs[1:, 1] = 5.0  # they fall at once, and start again
+    env.reset = lambda: Observation(env.env.obs.clone(), torch.ones(4, dtype=torch.bool))  # type: ignore[method-assign]
+    found = play(env, agent, cfg, 0, said.append)
+    summary = found.summary()
+    assert summary["endings"]["cut off"] >= 1 and summary["endings"]["terminated"] >= 3
+    assert found.endings[0] == "cut off" and found.lengths[0] == 41 and found.lengths.min() > 0
+    assert len(found.rows()) == len(found.returns) == sum(summary["endings"].values())
+    assert "has no time limit" in said[0]
+
+
+def test_an_env_that_has_played_its_episodes_stands_still_in_the_video() -> None:
+    """Else its last return would stand over an episode that does not count."""
+    env = ToyEnv(2, 0)
+    env.reset()
+    clock = iter(range(1000))
+    env.render = lambda envs=1: [  # type: ignore[method-assign]
+        np.full((40, 60, 3), 5 * next(clock) % 256, np.uint8) for _ in range(envs)
+    ]
+    cfg = EvaluationConfig(episodes=2, policy="zero", video_envs=2)
+    env.env.obs[:] = torch.tensor([[1.4, 0.3, 0.0], [0.0, 0.0, 0.0]])
+    env.reset = lambda: Observation(env.env.obs.clone(), torch.ones(2, dtype=torch.bool))  # type: ignore[method-assign]
+    found = play(env, Agent(3, 1, ModelConfig(**SMALL), AlgoConfig()), cfg, 0)
+    assert found.lengths[0] < 5 < 30 < found.lengths[1]
+    left, right = ([f[:, :60] for f in found.frames], [f[:, 60:] for f in found.frames])
+    over = int(found.lengths[0])
+    assert not np.array_equal(left[over - 1], left[over - 2])
+    assert all(np.array_equal(f, left[over - 1]) for f in left[over:])
+    assert not np.array_equal(right[over], right[over + 1])
 
 
 class Lagging:
@@ -113,3 +183,8 @@ def test_what_mode_evaluate_leaves(toy_overrides: list[str], tmp_path: Path) -> 
     page = (out / "report.html").read_text()
     assert f"{summary['return_mean']:.3f}" in page and page.count("data:image/png") >= 3
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)  # nothing is fetched
+    again = [*toy_overrides, "mode=evaluate", "evaluation.policy=random", f"run.dir={out}"]
+    assert cli.run(again) == 0  # what the trained policy left is not taken for this one's
+    assert not (out / "world_model.csv").exists() and not (out / "plots/open_loop.png").exists()
+    assert "deterministic episodes" in page
+    assert "deterministic episodes" not in (out / "report.html").read_text()

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("mjlab", reason="the embedded simulator is not installed")
 
-from dreamer_isaac import export
+from dreamer_isaac import checkpoint, export
 from dreamer_isaac.cli import compose
 from dreamer_isaac.config import to_dict
 from dreamer_isaac.envs import make_env
@@ -138,6 +138,16 @@ def test_the_command_and_its_policy_on_a_simulator(
     done = program("mode=export", f"checkpoint={run}", f"run.dir={tmp_path / 'out'}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "policy.onnx" in done.stdout and "policy.pt" in done.stdout
+    about = json.loads((tmp_path / "out" / "policy.json").read_text())
+    assert about["env_cfg"] == {} and about["sees"]["image_size"] == 16
+    found = checkpoint.find(run)
+    meta = json.loads((found / "meta.json").read_text())
+    del meta["config"]["env"]["pixels_only"]  # as of a version that had no such key
+    meta["config"]["env"]["name"] = "Isaac-Of-Another-Simulator-v0"
+    (found / "meta.json").write_text(json.dumps(meta))
+    done = program("mode=export", f"checkpoint={run}", f"run.dir={tmp_path / 'old'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "old" / "policy.json").read_text())["sees"]["pixels_only"]
     code = """import sys, runpy
 sys.argv = sys.argv[1:]
 try:

@@ -52,6 +52,22 @@ def test_returns_and_frames_are_compared(
     assert (runs / "curves.png").stat().st_size > 5000
 
 
+def test_rows_without_a_finished_episode_still_take_time(runs: Path) -> None:
+    """A run's end is its last row, not the last one in which an episode ended."""
+    write(runs / "dreamer_9", "frames,time/seconds,episode/return,episodes",
+          ["1000,100,,", "2000,200,7.5,3", "3000,600,,0"], "summary.json", 1.0)  # fmt: skip
+    names = ("time/seconds", "frames", "episode/return")
+    curve = learning_curves.read(runs, "dreamer_9/metrics.csv", names, "summary.json")[0]
+    assert curve.frames[-1] == 3000 and curve.at(600) == 7.5 and curve.at(150) is None
+    assert curve.reaches(7.0) == 2000
+    learning_curves.draw([curve], [curve], runs / "drawn.png")
+    text = learning_curves.compare([curve], [curve], 600.0)
+    assert "| frames in all | 3,000 (3,000) |" in text
+    write(runs / "other_0", "a,b", ["1,2"], "result.json", 1.0)
+    with pytest.raises(SystemExit, match="no columns"):
+        learning_curves.read(runs, "other_0/curve.csv", names, "")
+
+
 def test_a_run_that_is_too_short_is_not_compared(runs: Path) -> None:
     dreamer = learning_curves.read(
         runs, "dreamer_*/metrics.csv", ("time/seconds", "frames", "episode/return"), "summary.json"

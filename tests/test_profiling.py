@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dreamer_isaac import cli
-from dreamer_isaac.profiling import Phases
+from dreamer_isaac.profiling import Phases, Profiler
 
 LEARNER = {"sample", "observe forward", "world model's heads", "imagination", "actor and critic",
            "observe backward", "optimizer", "write-back"}  # fmt: skip
@@ -39,6 +39,28 @@ def test_a_profiled_run_writes_phases_and_a_trace(
     with gzip.open(tmp_path / "profile" / "trace.json.gz") as f:
         names = {event.get("name", "") for event in json.load(f)["traceEvents"]}
     assert any("addmm" in name for name in names)
+
+
+def test_the_trace_has_as_many_updates_as_it_says(
+    toy_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a turn of the loop makes several."""
+    ended: list[int] = []
+    updated = Profiler.updated
+
+    def watch(self: Profiler, updates: int) -> None:
+        tracing = self._trace is not None
+        updated(self, updates)
+        if tracing and self._trace is None:
+            ended.append(updates - self._updates)
+
+    monkeypatch.setattr(Profiler, "updated", watch)
+    overrides = [*toy_overrides, f"run.dir={tmp_path}", "evaluation.final=false",
+                 "optimization.replay_ratio=2", "profiling.enabled=true",
+                 "profiling.updates=1"]  # fmt: skip
+    assert cli.run(overrides) == 0
+    assert ended == [1]
+    assert "has the first 1 updates" in (tmp_path / "profile" / "phases.md").read_text()
 
 
 def test_a_run_that_is_not_profiled_writes_nothing(

@@ -577,6 +577,31 @@ def test_a_nan_loss_stops_with_the_batch_saved(
     assert all(torch.isfinite(w).all() for w in weights(run).values())
 
 
+def test_a_threaded_run_keeps_its_ratio_all_along(toy_overrides: list[str]) -> None:
+    """The collector stands at its limit whenever the learner is the slower one: it goes on as soon
+    as some of the debt is paid, not when all of it is."""
+    args = [*toy_overrides, "collector=thread", "optimization.replay_ratio=2",
+            "collector.total_frames=9600", "logger.interval_frames=480", "evaluation.final=false",
+            "checkpoint.interval_frames=9600", "replay_buffer.size=3200"]  # fmt: skip
+    assert main(compose(args)) == 0
+    ratios = [float(row["replay_ratio"]) for row in metrics(folder(args))]
+    # After the random frames; the last row has what the floor still asks for.
+    assert len(ratios) >= 18 and min(ratios[2:-1]) >= 0.6 and max(ratios[2:-1]) <= 3
+
+
+def test_what_is_no_fault_of_a_disk_has_its_traceback(
+    toy_overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def fails(self: Any, source: Any) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "/robot.xml")
+
+    monkeypatch.setattr(Learner, "train", fails)
+    assert main(compose(toy_overrides)) == 1
+    said = capsys.readouterr().out
+    assert "/robot.xml" in said and "free disk space" not in said
+    assert "robot.xml" in (folder(toy_overrides) / "traceback.txt").read_text()
+
+
 class InductorError(Exception):
     """As torch's compiler raises it."""
 

@@ -120,10 +120,37 @@ class Resolver:
             return "local" if self.mirror.place(asset).exists() else "missing"
         if self.mirror.place(asset).exists():
             self.say(f"asset fetched: {asset.path} ({asset.release}), {len(report.fetched)} files")
+            self._tell(report, asset)
             return "remote"
         reason = report.failed.get(asset, "the server does not have it")
         self.say(f"asset missing: {asset.path} ({asset.release}): {reason}")
         return "missing"
+
+    def fetch(self, assets: Iterable[Asset]) -> None:
+        """Have the server's files in the mirror, with what they refer to; what could not be had is
+        said."""
+        from dreamer_isaac.assets.download import Downloader, DownloadError
+
+        wanted = sorted(assets)
+        for release in dict.fromkeys(a.release for a in wanted):
+            those = [a for a in wanted if a.release == release]
+            self.say(f"assets: fetching {len(those)} from {self.server} ({release}) ...")
+            try:
+                report = Downloader(self.mirror, release, self.server, retries=1).run(those)
+            except (DownloadError, NeedsUsd, OSError) as e:
+                self.say(f"assets missing ({release}): {e}")
+                continue
+            self.say(f"assets fetched ({release}): {len(report.fetched)} files")
+            self._tell(report)
+
+    def _tell(self, report: Any, besides: Asset | None = None) -> None:
+        """Of a download: what did not come, and counts as missing."""
+        reasons = {**{a: f"{by} asks for it, and the server does not have it"
+                      for a, by in report.missing.items()}, **report.failed}  # fmt: skip
+        for asset, reason in sorted(reasons.items()):
+            if asset != besides:
+                self.outcome[asset] = "missing"
+                self.say(f"asset missing: {asset.path} ({asset.release}): {reason}")
 
     def _adopt(self, asset: Asset, found: Path) -> None:
         """Give a file that was dropped into the flat layout its place in the tree: a copy, which
@@ -243,19 +270,24 @@ def _hook_assets(resolver: Resolver, module: Any) -> None:
         module.ISAACLAB_NUCLEUS_DIR = f"{root}/Isaac/IsaacLab"
     check, retrieve, read = module.check_file_path, module.retrieve_file_path, module.read_file
 
+    def kept(local: str) -> bool:
+        """Whether it is not looked for elsewhere; in a strict run, nothing of NVIDIA's is."""
+        theirs = _is_url(local) and "/Assets/Isaac/" in local
+        return resolver.is_ours(local) or (resolver.strict and theirs)
+
     @functools.wraps(check)
     def check_file_path(path: str) -> int:
         local = resolver.resolve(path)
         if os.path.isfile(local):
             return 1
-        return 0 if resolver.is_ours(local) else check(path)
+        return 0 if kept(local) else check(path)
 
     @functools.wraps(retrieve)
     def retrieve_file_path(path: str, *rest: Any, **options: Any) -> str:
         local = resolver.resolve(path)
         if os.path.exists(local):
             return os.path.abspath(local)
-        if resolver.is_ours(local):
+        if kept(local):
             raise FileNotFoundError(_missing(resolver, local))
         return retrieve(path, *rest, **options)
 
@@ -264,7 +296,7 @@ def _hook_assets(resolver: Resolver, module: Any) -> None:
         local = resolver.resolve(path)
         if os.path.isfile(local):
             return io.BytesIO(Path(local).read_bytes())
-        if resolver.is_ours(local):
+        if kept(local):
             raise FileNotFoundError(_missing(resolver, local))
         return read(path)
 
@@ -273,8 +305,9 @@ def _hook_assets(resolver: Resolver, module: Any) -> None:
 
 
 def _missing(resolver: Resolver, local: str) -> str:
-    asset = parse(local)
-    assert asset is not None
+    asset = None if _is_url(local) else parse(local)
+    if asset is None:
+        return f"{local} belongs to no release in the mirror, and assets.strict=true asks no server"
     root = resolver.mirror.root
     command = f"{FETCH} --root {root} --release {asset.release} --files {asset.path}"
     return f"{asset.path} of release {asset.release} is not in {root}. Remedy: {command}"

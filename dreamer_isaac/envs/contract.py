@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torchrl.data import Composite
 from torchrl.envs import EnvBase
 
+from dreamer_isaac.config import ConfigError
 from dreamer_isaac.envs import curriculum
 
 
@@ -92,6 +94,43 @@ class ObservationError(RuntimeError):
     """The simulator produced an observation or reward that is not finite."""
 
 
+FLOATS = (torch.float16, torch.float32, torch.float64)
+
+
+def check_specs(task: str, env: EnvBase, group: str) -> None:
+    """Complain about a task that does not fit the contract: one vector observed (`group`; "" where
+    none is), one vector of real numbers as action.
+
+    Raises:
+        ConfigError
+    """
+    problems = []
+    if group:
+        spec: Any = env.observation_spec.get(group, None)
+        if spec is None:
+            there = ", ".join(sorted(map(str, env.observation_spec.keys()))) or "nothing"
+            problems.append(f"{task} has no observation group {group!r}. There: {there}.")
+        elif isinstance(spec, Composite):
+            parts = ", ".join(map(str, spec.keys()))
+            problems.append(f"{task} observes several tensors ({parts}), one vector is needed. "
+                            "Remedy: the group's concatenate_terms=true.")  # fmt: skip
+        elif len(spec.shape) != 2:
+            problems.append(f"{task} observes arrays of {list(spec.shape[1:])}, one vector is "
+                            "needed. Remedy: env.from_pixels=true, which reads the colour cameras "
+                            "of its scene or adds one (env.cameras); or no history that is not "
+                            "flattened (flatten_history_dim).")  # fmt: skip
+    action = env.action_spec
+    if (
+        isinstance(action, Composite)
+        or len(action.shape) != 2
+        or not action.dtype.is_floating_point
+    ):
+        problems.append(f"{task}: its actions are no vector of real numbers, which the policy is "
+                        "made for.")  # fmt: skip
+    if problems:
+        raise ConfigError(problems)
+
+
 class SimEnv:
     """A batched simulator under the contract above.
 
@@ -109,6 +148,8 @@ class SimEnv:
         self.env, self.info, self.key, self.action_bound = env, info, key, action_bound
         self._td: TensorDictBase | None = None
         self._finite = torch.ones((), dtype=torch.bool, device=env.device)
+        cfg = getattr(self.sim, "cfg", None)
+        self._finite_horizon = bool(getattr(cfg, "is_finite_horizon", False))
         self._observed: Tensor | None = None
         self._acted: Tensor | None = None
 
@@ -142,8 +183,14 @@ class SimEnv:
             after["terminated"].reshape(-1).clone(),
             after["truncated"].reshape(-1).clone(),
         )
+        if self._finite_horizon:  # the time limit is a real end
+            outcome = Outcome(outcome.reward, outcome.done, torch.zeros_like(outcome.truncated))
         obs = self._clone_obs(self._td)
-        self._finite &= torch.isfinite(obs).all() & torch.isfinite(outcome.reward).all()
+        td: Any = self._td
+        seen = obs if self.info.observation else td.get(self.key, None)
+        if seen is not None and seen.is_floating_point():  # from pixels: what is not shown too
+            self._finite &= torch.isfinite(seen).all()
+        self._finite &= torch.isfinite(outcome.reward).all()
         return executed, outcome, Observation(obs, outcome.done.clone(), self.pixels())
 
     def _clone_obs(self, td: TensorDictBase) -> Tensor:

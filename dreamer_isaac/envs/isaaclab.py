@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dreamer_isaac.config import Config, ConfigError
-from dreamer_isaac.envs.contract import EnvInfo, SimEnv
+from dreamer_isaac.envs.contract import EnvInfo, SimEnv, check_specs
 from dreamer_isaac.envs.isaaclab_cameras import Cameras, add_cameras
 from dreamer_isaac.envs.paths import import_tasks, set_paths
 
@@ -153,12 +153,10 @@ class IsaacLabEnv(SimEnv):
         self.cameras = cameras
         keys = set(env.observation_spec.keys())
         key = "policy" if "policy" in keys else "observation"
-        shape = env.observation_spec[key].shape
-        width = 0 if cameras and (pixels_only or len(shape) > 2) else shape[-1]
-        if width and len(shape) > 2:
-            raise ConfigError([f"{name} observes arrays of {list(shape[1:])}. Remedy: env.from_"
-                               "pixels=true, which reads the colour cameras of its scene or adds "
-                               "one (env.cameras)."])  # fmt: skip
+        shape: Any = getattr(env.observation_spec.get(key, None), "shape", ())
+        unseen = cameras and (pixels_only or len(shape) > 2)
+        check_specs(name, env, "" if unseen else key)
+        width = 0 if unseen else int(shape[-1])
         action = env.action_spec.shape[-1]
         info = EnvInfo(
             task=name, backend="isaaclab", num_envs=int(sim.num_envs), observation=width,

@@ -9,6 +9,7 @@ import math
 import os
 import random
 from collections.abc import Iterator, Sequence
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dreamer_isaac.config import Config, ConfigError
-from dreamer_isaac.envs.contract import EnvInfo, Observation, SimEnv
+from dreamer_isaac.envs.contract import EnvInfo, Observation, SimEnv, check_specs
 from dreamer_isaac.envs.paths import import_tasks, set_paths
 
 OBSERVATION_GROUPS = ("policy", "actor")
@@ -95,6 +96,7 @@ class MjlabEnv(SimEnv):
         """Names of the sensors whose pictures are observed."""
         self.renderer: Any = None
         self.render_enabled = render
+        check_specs(name, env, "" if cameras and pixels_only else group)
         names = [] if cameras and pixels_only else observation_names(self.sim, group)
         info = EnvInfo(
             task=name,
@@ -251,7 +253,7 @@ def _is_ours(value: Any) -> bool:
     module = type(value).__module__
     # A term of the user's own is a callable object of their module.
     return module.split(".")[0] in ("mjlab", "mujoco_warp", "warp", "dreamer_isaac") or (
-        callable(value) and hasattr(value, "reset") and not isinstance(value, type)
+        callable(value) and not isinstance(value, FunctionType | MethodType)
     )
 
 
@@ -286,6 +288,8 @@ def _counters(sim: Any) -> Iterator[tuple[str, int | float | bool]]:
         if isinstance(node, dict | list | tuple | Tensor | wp.array) or not hasattr(
             node, "__dict__"
         ):
+            continue
+        if type(node).__module__.startswith("warp"):  # of the device, not of the simulation
             continue
         for name, value in vars(node).items():
             if isinstance(value, bool | int | float) and name not in _SKIP:

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from dreamer_isaac.config import ConfigError
+from dreamer_isaac.config import ConfigError, leaves
 
 
 def import_tasks(module: str) -> None:
@@ -23,17 +23,6 @@ def import_tasks(module: str) -> None:
     except ImportError as e:
         raise ConfigError([f"env.import={module}: {e}. It must be importable from here, e.g. "
                            "with PYTHONPATH=<the folder of the package>."]) from e  # fmt: skip
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings -> {dotted path: value}."""
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            out |= flatten(value, f"{prefix}{name}.")
-        else:
-            out[prefix + str(name)] = value
-    return out
 
 
 def children(node: Any) -> dict[str, Any]:
@@ -55,7 +44,7 @@ def set_paths(cfg: Any, tree: Mapping[str, Any]) -> None:
             every value of the wrong type.
     """
     problems = []
-    for path, value in flatten(tree).items():
+    for path, value in leaves(tree).items():
         try:
             _set(cfg, path.split("."), value)
         except ValueError as e:
