@@ -50,6 +50,8 @@ if [ ! -e "$here/dreamer_isaac.py" ]; then # this file alone: fetch the rest and
     git clone --quiet --depth 1 ${DREAMER_ISAAC_REF:+--branch "$DREAMER_ISAAC_REF"} -- \
       "$from" "$to.partial" || die "cannot fetch $from ${DREAMER_ISAAC_REF:-}."
     mv "$to.partial" "$to"
+  elif [ -n "${DREAMER_ISAAC_REF:-}" ]; then
+    echo "$to is there and is used as it is; DREAMER_ISAAC_REF is for fetching it." >&2
   fi
   case $mode in
     build) set -- --build-only ;;
@@ -230,7 +232,8 @@ if [ -n "$isaaclab" ]; then
   log="$here/.isaaclab-install.log"
   # Isaac Lab shows a program one GPU; where there are two, one simulates and one learns.
   if [ -z "${CUDA_VISIBLE_DEVICES:-}" ] && command -v nvidia-smi >/dev/null; then
-    gpus="$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | head -n 2 | paste -sd,)"
+    gpus="$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null)" || gpus="" # no driver
+    gpus="$(head -n 2 <<<"$gpus" | paste -sd,)"
     [ -z "$gpus" ] || export CUDA_VISIBLE_DEVICES="$gpus"
   fi
   # Beside the packages and not beside this file: the project may be mounted into a fresh container.
@@ -247,10 +250,10 @@ print("WAS", *(f"{n}={version(n)}" for n in ("torch", "numpy")))' 2>/dev/null | 
     step "Checking that it imports, and that torch and numpy are what they were" "" isaac_check "$was"
     printf '%s' "$now" >"$stamp"
   fi
-  cd "$here"
   case $mode in
     build) echo "Installed in Isaac Lab's Python ($isaaclab)" ;;
     test)
+      cd "$here"
       tools >"$here/.isaaclab-tools"
       step "Installing test tools" "" \
         isaac -m pip install -q --no-deps --no-input -r "$here/.isaaclab-tools"
@@ -266,14 +269,15 @@ fi
 if [ $mode = container ]; then
   venv="$here/.venv-container" log="$here/.venv-container/install.log"
   command -v "${PYTHON:-python3.11}" >/dev/null || die "needs Python 3.11, as the container has: PYTHON=..."
-  if [ ! -e "$venv/done" ]; then
+  now="$({ cat "$here/requirements-container.lock"; tools; } | sha256sum)"
+  if [ "$(cat "$venv/done" 2>/dev/null)" != "$now" ]; then
     rm -rf "$venv" && mkdir "$venv"
     step "Creating .venv-container" "" "${PYTHON:-python3.11}" -I -m venv "$venv"
     step "Installing torch 2.7.0 and numpy 1.26.4 (minutes)" "It needs the Python package index and 6 GB." \
       pip_install torch==2.7.0 numpy==1.26.4
     { cat "$here/requirements-container.lock"; tools; } >"$venv/lock.txt"
     step "Installing the rest" "" pip_install --no-deps -r "$venv/lock.txt"
-    : >"$venv/done"
+    printf '%s' "$now" >"$venv/done"
   fi
   cd "$here" && exec "$venv/bin/python" -m pytest -q -n 2 --dist loadfile "$@"
 fi

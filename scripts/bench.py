@@ -162,6 +162,10 @@ def learner(arguments: argparse.Namespace) -> dict[str, Any]:
     def update() -> None:
         metrics.update(trainer.train(replay))
 
+    if device.type == "cpu":
+        many = 11 + arguments.updates * arguments.blocks
+        print(f"no GPU: {many} updates on the CPU; --updates and --blocks make it fewer",
+              file=sys.stderr)  # fmt: skip
     begin = time.monotonic()
     update()
     wait()
@@ -266,18 +270,18 @@ def running(arguments: argparse.Namespace) -> Iterator[Any]:
         yield Run(cfg, Path(folder), Console(Path(folder) / "log.txt"))
 
 
-def resources(torch: Any) -> dict[str, float]:
-    """What a leak would make grow."""
+def resources(torch: Any, devices: set[Any]) -> dict[str, float]:
+    """What a leak would make grow; of the GPUs that the run uses."""
     with open("/proc/self/status") as f:
         status = dict(line.split(":", 1) for line in f)
     out: dict[str, float] = {
         "rss_mib": int(status["VmRSS"].split()[0]) // 1024, "threads": int(status["Threads"]),
         "files": len(os.listdir("/proc/self/fd")),
     }  # fmt: skip
-    if torch.cuda.is_available():
-        devices = range(torch.cuda.device_count())
-        out["gpu_mib"] = sum(torch.cuda.memory_reserved(i) for i in devices) // 2**20
-        free = [torch.cuda.mem_get_info(i) for i in devices]  # simulator and other programs too
+    gpus = [d for d in devices if d.type == "cuda"]
+    if gpus:
+        out["gpu_mib"] = sum(torch.cuda.memory_reserved(d) for d in gpus) // 2**20
+        free = [torch.cuda.mem_get_info(d) for d in gpus]  # simulator and other programs too
         out["device_mib"] = sum(total - left for left, total in free) // 2**20
     return out
 
@@ -364,7 +368,7 @@ def rates_of(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
             rates, used = [], []
             for _ in range(arguments.blocks):
                 rates.append(drive(run, arguments.seconds / arguments.blocks, learn, collect))
-                used.append(resources(torch))
+                used.append(resources(torch, {run.sim_device, run.device}))
             result[f"{name}/resources"] = {k: [u[k] for u in used] for k in used[0]}
             for key in ("frames_per_second", "updates_per_second"):
                 values = [r[key] for r in rates]

@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -76,12 +77,27 @@ def torch_and_gpus() -> list[Finding]:
         name = torch.cuda.get_device_name(i)
         names.append(f"cuda:{i} {name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
     found.append(Finding("GPUs", True, "; ".join(names)))
+    found.append(compiler())
     if count > 1:
         says = "cuda:0 simulates, cuda:1 learns, at the same time (collector=thread)"
     else:
         says = "cuda:0 simulates and learns in turn"
     more = "" if count > 1 else "a second GPU would let both go on without pause"
     return [*found, Finding("division of work", True, says, more)]
+
+
+def compiler() -> Finding:
+    """What Triton builds its launchers with, at the first compiled update."""
+    cc = next(filter(None, (os.environ.get("CC"), *map(shutil.which, ("gcc", "clang")))), None)
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    lacks = [what for what, there in (("a C compiler", cc), ("Python.h", header.exists()))
+             if not there]  # fmt: skip
+    says = f"{cc}, {header}" if not lacks else f"no {' and no '.join(lacks)}"
+    remedy = (
+        "gcc and Python's headers (Debian: apt install gcc python3-dev), or "
+        "optimization.compile.enabled=false, which is slower"
+    )
+    return Finding("C compiler", not lacks, says, remedy if lacks else "")
 
 
 def simulators() -> list[Finding]:

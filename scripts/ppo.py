@@ -1,9 +1,10 @@
 """PPO of rsl_rl on an embedded task, as a yardstick: `python scripts/ppo.py --task Isaac-Ant-v0`.
 
-The hyperparameters are those that Isaac Lab ships for its Ant. Writes `curve.csv` (frames, seconds
-since the first env step, mean return of the last N finished episodes, N envs; every env's first
-one begins in the middle) and `result.json` with a deterministic evaluation, as `dreamer_isaac.py`
-reports its own.
+The hyperparameters are those that Isaac Lab ships for its Ant, but for the actions: they are
+clipped to `env.action_bound`, 1, as Dreamer's are, where Isaac Lab clips none. Writes `curve.csv`
+(frames, seconds since the first env step, mean return of the last N finished episodes, N envs;
+every env's first one begins in the middle) and `result.json` with a deterministic evaluation, as
+`dreamer_isaac.py` reports its own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Shared fixtures. Tests run on the CPU with one thread each, so that they repeat bit by bit."""
+"""Shared fixtures. Runs of the toy simulator are on the CPU with one thread, also where there is a
+GPU, so that they repeat bit by bit."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TD_GET_DEFAULTS_TO_NONE", "1")
+for _name in ("NO_PROXY", "no_proxy"):  # servers on loopback are ours
+    os.environ[_name] = ",".join(filter(None, [os.environ.get(_name), "127.0.0.1", "localhost"]))
 if not torch.cuda.is_available():
     # Kernels run in Triton's interpreter; it must be chosen before anything imports triton.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -26,7 +29,8 @@ collect_ignore = [] if EMBEDDED else ["test_tasks.py", "test_direct.py", "test_m
 
 # A run of seconds: the toy simulator and networks of a few thousand parameters.
 TOY = [
-    "env.backend=toy", "env.num_envs=12", "evaluation.num_envs=4", "evaluation.episodes=12",
+    "env.backend=toy", "env.device=cpu", "optimization.device=cpu", "env.num_envs=12",
+    "evaluation.num_envs=4", "evaluation.episodes=12",
     "evaluation.video=false", "evaluation.open_loop_steps=10", "collector.frames_per_batch=96",
     "collector.init_random_frames=192", "collector.total_frames=960", "replay_buffer.size=640",
     "replay_buffer.batch_size=32", "replay_buffer.batch_length=8", "optimization.replay_ratio=0.5",

@@ -15,8 +15,14 @@ from slurm import ENDED, Slurm, unpack
 
 pytestmark = pytest.mark.cluster
 SCRIPT = str(ROOT / "cluster" / "slurm" / "train.sbatch")
-SMALL = ("--gres=none", "--cpus-per-task=2", "--mem=900",
-         f"--export=ALL,PROJECT={ROOT},OMP_NUM_THREADS=1")  # fmt: skip
+SMALL = ("--gres=none", "--cpus-per-task=2", "--mem=900")
+
+
+def small(folder: Path) -> tuple[str, ...]:
+    """Options of a job of this machine's size, whose runs are below `folder`."""
+    return (*SMALL, f"--export=ALL,PROJECT={ROOT},OMP_NUM_THREADS=1,RUNS={folder / 'runs'}")
+
+
 LONG = [o for o in TOY if not o.startswith(("collector.total_frames", "logger.interval"))] + [
     "collector.total_frames=400000", "logger.interval_frames=960",
     "checkpoint.interval_frames=9600", "evaluation.final=false",
@@ -38,8 +44,8 @@ def frames(run: Path) -> list[int]:
 
 
 def test_preempted_requeued_resumed_finished(slurm: Slurm, tmp_path: Path) -> None:
-    job = slurm.submit("--partition=low", *SMALL, SCRIPT, *LONG, cwd=tmp_path)
-    run = ROOT / "runs" / "slurm" / job
+    job = slurm.submit("--partition=low", *small(tmp_path), SCRIPT, *LONG, cwd=tmp_path)
+    run = tmp_path / "runs" / job
     slurm.wait(lambda: len(frames(run)) > 20, 120)
     (tmp_path / "high.sh").write_text("#!/bin/bash\nsleep 1\n")
     other = slurm.submit("--partition=high", "--cpus-per-task=2", "high.sh", cwd=tmp_path)
@@ -63,8 +69,8 @@ def test_preempted_requeued_resumed_finished(slurm: Slurm, tmp_path: Path) -> No
 
 
 def test_a_cancelled_job_is_not_requeued(slurm: Slurm, tmp_path: Path) -> None:
-    job = slurm.submit("--partition=low", *SMALL, SCRIPT, *LONG, cwd=tmp_path)
-    run = ROOT / "runs" / "slurm" / job
+    job = slurm.submit("--partition=low", *small(tmp_path), SCRIPT, *LONG, cwd=tmp_path)
+    run = tmp_path / "runs" / job
     slurm.wait(lambda: len(frames(run)) > 5, 120)
     slurm.run("scancel", job)
     slurm.wait(lambda: slurm.state(job) in ENDED, 60)
@@ -75,10 +81,12 @@ def test_a_cancelled_job_is_not_requeued(slurm: Slurm, tmp_path: Path) -> None:
 
 def test_an_array_trains_a_seed_a_task(slurm: Slurm, tmp_path: Path) -> None:
     short = [o for o in TOY if not o.startswith("evaluation.video")] + ["evaluation.final=false"]
-    job = slurm.submit("--partition=low", "--array=0-1", *SMALL, SCRIPT, *short, cwd=tmp_path)
+    job = slurm.submit(
+        "--partition=low", "--array=0-1", *small(tmp_path), SCRIPT, *short, cwd=tmp_path
+    )
     slurm.wait(lambda: not slurm.run("squeue", "-h"), 180)
     for seed in (0, 1):
-        config = (ROOT / "runs" / "slurm" / f"{job}_{seed}" / "config.yaml").read_text()
+        config = (tmp_path / "runs" / f"{job}_{seed}" / "config.yaml").read_text()
         assert f"seed: {seed}" in config
 
 
@@ -86,7 +94,9 @@ def test_a_job_file_is_continued_by_its_id(slurm: Slurm, tmp_path: Path) -> None
     from test_jobs import AS_TOY, job, write
 
     path = write(tmp_path / "asset" / "training" / "t.json", job("train"))
-    number = slurm.submit("--partition=low", *SMALL, SCRIPT, *AS_TOY, f"job={path}", cwd=tmp_path)
+    number = slurm.submit(
+        "--partition=low", *small(tmp_path), SCRIPT, *AS_TOY, f"job={path}", cwd=tmp_path
+    )
     slurm.wait(lambda: slurm.state(number) in ENDED, 120)
     result = json.loads((tmp_path / "asset" / number / "result.json").read_text())
     assert result["status"] == "succeeded" and result["id"] == number
@@ -94,7 +104,7 @@ def test_a_job_file_is_continued_by_its_id(slurm: Slurm, tmp_path: Path) -> None
 
 def test_a_container_without_pyxis_is_an_error(slurm: Slurm, tmp_path: Path) -> None:
     container = (f"--export=ALL,PROJECT={ROOT},CONTAINER=image",)
-    job = slurm.submit("--partition=low", *SMALL[:3], *container, SCRIPT, cwd=tmp_path)
+    job = slurm.submit("--partition=low", *SMALL, *container, SCRIPT, cwd=tmp_path)
     slurm.wait(lambda: slurm.state(job) in ENDED, 60)
     assert slurm.state(job) == "FAILED"
     assert "no --container-image (pyxis)" in (tmp_path / f"slurm-{job}.log").read_text()
