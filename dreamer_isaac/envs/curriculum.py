@@ -39,6 +39,7 @@ def state(sim: Any) -> dict[str, Any]:
     if getattr(terrain, "terrain_levels", None) is not None:
         out["terrain_levels"] = terrain.terrain_levels.clone()  # type: ignore[union-attr]
     terms = {n: t.get_state() for n, t in _terms(sim).items()}
+    terms = {n: v for n, v in terms.items() if isinstance(v, Tensor | int | float)}  # is saved
     return out | ({"terms": terms} if terms else {})
 
 
