@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -169,7 +170,12 @@ def _quoted(value: str) -> str:
     """A path as Hydra reads it verbatim, whatever signs are in it."""
     if value[:1] in "'\"" and value[:1]:
         return value
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" if value else "''"
+    return quoted(value)
+
+
+def quoted(text: str) -> str:
+    """A text as Hydra reads it verbatim: a backslash is one, unless a quote comes after it."""
+    return "'" + re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'") + "'"
 
 
 def default_run_dir(cfg: Config) -> str:

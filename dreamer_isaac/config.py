@@ -493,8 +493,16 @@ def build(raw: dict[str, Any], stored: bool = False) -> Config:
     """
     problems: list[str] = []
     cfg = _section(raw, Config, "", problems)
-    if f"{cfg.env.name}-v0" in EMBEDDED_TASKS:  # as Isaac Lab 3.x writes it
+    if f"{cfg.env.name}-v0" in EMBEDDED_TASKS and not cfg.env.import_:  # as Isaac Lab 3.x has it
         cfg.env.name += "-v0"
+    if stored:  # of a version that took them, and overruled them
+        cfg.env.cfg = {k: v for k, v in cfg.env.cfg.items() if k != "seed"}
+        for section, key in (("scene", "num_envs"), ("sim", "device")):
+            inner = cfg.env.cfg.get(section)
+            if isinstance(inner, dict):
+                cfg.env.cfg[section] = {k: v for k, v in inner.items() if k != key}
+                if not cfg.env.cfg[section]:
+                    del cfg.env.cfg[section]
     if not problems and not stored:
         problems += contradictions(cfg)
     if problems:

@@ -128,8 +128,8 @@ def _preflight(cfg: Config, resolver: Resolver | None, task: Any) -> None:
     if result.missing and cfg.assets.strict:
         raise ConfigError([text])
     print(text)
-    if result.missing:  # now, with what refers to it: a robot without its meshes would not fail
-        resolver.fetch(result.missing)
+    if result.below:
+        resolver.fetch(result.below)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import logging
+import os
 import platform
 import shutil
 import sys
@@ -27,14 +28,19 @@ from dreamer_isaac.logger import Console, duration
 from dreamer_isaac.models import Agent
 from dreamer_isaac.report import page as report_page
 
-STORAGE = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
-)  # fmt: skip
-"""A full disk, a folder that has become read-only."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors of a disk, whatever file it was."""
+DENIED = (errno.EACCES, errno.EPERM, errno.EIO)
+"""In the run folder: it has become read-only. Elsewhere: a file of the task's, say."""
 
 
 def main(cfg: Config) -> int:
     """Run `cfg`; returns the exit code and says every error in words."""
+
+    def ours(error: OSError) -> bool:
+        path = os.path.abspath(error.filename or cfg.run.dir)
+        return Path(path).is_relative_to(os.path.abspath(cfg.run.dir))
+
     try:
         folder = Path(cfg.run.dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +68,7 @@ def main(cfg: Config) -> int:
         console.say("stopped at once; the last checkpoint is what there is")
         return e.code if isinstance(e, cli.Terminated) else 130
     except Exception as e:
-        if isinstance(e, OSError) and e.errno in STORAGE:
+        if isinstance(e, OSError) and (e.errno in FULL or (e.errno in DENIED and ours(e))):
             where = e.filename or folder
             console.say(f"error: {where}: {e.strerror or e}. Complete checkpoints are intact. "
                         "Remedy: free disk space or make the folder writable, then the same "

@@ -41,10 +41,11 @@ def main() -> int:
         names = [r.strip("/").replace("/", "_") for r in runs]
     policies = dict(zip(names, runs, strict=True)) | {"random": "", "zero": ""}
     task = trained_on(runs[0])["task"]
-    overrides[:0] = trained_on(runs[0])["env"]  # also for the baselines and other simulators
     for label, run in policies.items():
         for backend, python in pythons.items():
-            result = evaluate(label, run, backend, python, task, a.episodes, a.out, overrides)
+            result = evaluate(
+                label, run, backend, python, task, a.episodes, a.out, overrides, runs[0]
+            )
             results.append(result)
             print(line(result), file=sys.stderr, flush=True)
     a.out.mkdir(parents=True, exist_ok=True)
@@ -54,25 +55,39 @@ def main() -> int:
 
 
 def trained_on(run: str) -> dict[str, Any]:
-    """Task and simulator of a run from its checkpoint, and as `env` its bound of actions and its
-    changes of the task as overrides."""
+    """Task and simulator of a run from its checkpoint, and as overrides what a policy without a
+    checkpoint has to be told: `env` anywhere, `changes` of the task where it was trained."""
     from dreamer_isaac import checkpoint
     from dreamer_isaac.config import leaves
 
     meta = checkpoint.read_meta(checkpoint.find(run))
     env = meta["config"]["env"]
-    changes = [f"env.cfg.{k}={json.dumps(v)}" for k, v in leaves(env["cfg"]).items()]
-    changes += [f"env.import={env['import']}"] if env.get("import") else []
-    return meta["task"] | {"env": [f"env.action_bound={env['action_bound']}", *changes]}
+    changes = [f"env.cfg.{k}={written(v)}" for k, v in leaves(env["cfg"]).items()]
+    told = [f"env.action_bound={env['action_bound']}"]
+    told += [f"env.import={env['import']}"] if env.get("import") else []
+    return meta["task"] | {"env": told, "changes": changes}
+
+
+def written(value: Any) -> str:
+    """As Hydra reads it."""
+    if not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    from dreamer_isaac.cli import quoted
+
+    return quoted(value)
 
 
 def evaluate(
     label: str, run: str, backend: str, python: str, task: str, episodes: int, out: Path,
-    overrides: list[str],
+    overrides: list[str], first: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """One policy on one simulator."""
+    """One policy on one simulator; baselines play the task of the run `first`."""
     folder = out / f"{label}_on_{backend}"
+    origin = trained_on(run or first)
     policy = [f"checkpoint={Path(run).resolve()}"] if run else [f"evaluation.policy={label}"]
+    policy += origin["env"]
+    if not run and origin["backend"] == backend:  # a trained policy takes its own
+        policy += origin["changes"]
     command = [
         python, str(ROOT / "dreamer_isaac.py"), "mode=evaluate", f"env.backend={backend}",
         f"env.name={task}", f"evaluation.episodes={episodes}", "evaluation.video=false",
@@ -81,7 +96,7 @@ def evaluate(
     done = subprocess.run(command, capture_output=True, text=True)
     result: dict[str, Any] = {"policy": label, "on": backend}
     if run:
-        result["trained_on"] = trained_on(run)["backend"]
+        result["trained_on"] = origin["backend"]
     summary = folder / "summary.json"
     if done.returncode or not summary.exists():
         tail = (done.stdout + done.stderr).strip().splitlines()[-5:]

@@ -104,18 +104,33 @@ def play(env: Any, controller: Controller, episodes: int) -> np.ndarray:
     rounds = -(-episodes // rows)
     returns, done = np.zeros((rows, rounds)), np.zeros(rows, int)
     seen = env.reset()
-    while (done < rounds).any():
+    begun = np.zeros((rows, rounds), bool)
+    for _ in range(env.info.max_episode_length * rounds + 1):
+        if (done >= rounds).all():
+            break
         pixels = None if seen.pixels is None else seen.pixels.cpu().numpy()
         action = controller.act(seen.obs.cpu().numpy(), seen.is_first.cpu().numpy(), pixels)
         _, outcome, seen = env.step(torch.from_numpy(action).to(env.device) / env.action_bound)
         reward, over = outcome.reward.cpu().numpy(), outcome.done.cpu().numpy()
         for i in np.flatnonzero(done < rounds):
             returns[i, done[i]] += reward[i]
+            begun[i, done[i]] = True
         done += over & (done < rounds)
-    return returns.flatten()
+    return returns[begun]  # all, unless the task has no time limit
 
 
 def main() -> int:
+    from dreamer_isaac.config import ConfigError
+
+    try:
+        return run()
+    except ConfigError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+def run() -> int:
+    """The command; its exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -126,19 +141,20 @@ def main() -> int:
     policy = load(a.policy)
     about = policy.about
     from dreamer_isaac.cli import compose
-    from dreamer_isaac.config import ConfigError, merged
+    from dreamer_isaac.config import merged
     from dreamer_isaac.launch import choose_backend, simulator
 
-    try:
-        cfg = compose([
-            "mode=evaluate", "evaluation.policy=zero", f"env.name={about['task']}",
-            f"env.num_envs={min(a.episodes, 16)}", f"env.action_bound={about['action_high']}",
-            *a.overrides,
-        ])  # fmt: skip
-    except ConfigError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    cfg.env.cfg = merged(about.get("env_cfg", {}), cfg.env.cfg)  # the task as it was trained
+    cfg = compose([
+        "mode=evaluate", "evaluation.policy=zero", f"env.name={about['task']}",
+        f"env.num_envs={min(a.episodes, 16)}", f"env.action_bound={about['action_high']}",
+        *a.overrides,
+    ])  # fmt: skip
+    same = cfg.env.name.removesuffix("-v0") == about["task"].removesuffix("-v0")
+    if same and choose_backend(cfg)[0] == about["trained_on"]:
+        cfg.env.cfg = merged(about.get("env_cfg", {}), cfg.env.cfg)  # the task as it was trained
+    elif about.get("env_cfg"):
+        print(f"note: trained with env.cfg={about['env_cfg']}, which is not taken over here",
+              file=sys.stderr)  # fmt: skip
     for key, value in about["sees"].items():
         setattr(cfg.env, key, value)
     with simulator(cfg):

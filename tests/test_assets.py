@@ -627,3 +627,18 @@ def test_preflight_finds_what_is_missing_below_what_is_there(
     text = partly.describe(tmp_path)
     assert "wood.mdl" in text and "cfg.x" in text and f"--files {gone} Isaac/x.usd" in text
     assert not any(command == "GET" and key.endswith("x.usd") for command, key, _ in server.asked)
+    assert partly.below == [Asset(R, gone)]  # x.usd will be asked for when it is needed
+
+
+def test_what_a_file_that_is_there_refers_to_is_fetched(server: Server, tmp_path: Path) -> None:
+    make(server, tmp_path).run([Asset(R, ROBOT)])
+    gone = Asset(R, "Isaac/IsaacLab/Materials/Base/w.png")
+    (tmp_path / TREE / gone.path).unlink()
+    said: list[str] = []
+    away = Resolver(Mirror(tmp_path), server="http://127.0.0.1:9", say=said.append)
+    away.fetch([gone])
+    assert not (tmp_path / TREE / gone.path).exists() and "assets missing" in said[-1]
+    resolver = Resolver(Mirror(tmp_path), server=server.url, say=said.append)
+    resolver.fetch([gone, Asset(R, "Isaac/none.usd")])
+    assert (tmp_path / TREE / gone.path).exists()
+    assert "asset missing: Isaac/none.usd" in said[-1] and "1 missing" in resolver.report()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import compare_sims
 import pytest
 from conftest import embedded
 
@@ -218,7 +219,24 @@ def test_a_policy_that_sees_is_evaluated_in_few_envs(tmp_path: Path) -> None:
     assert cfg.env.num_envs > 32
 
 
+def test_keys_that_are_refused_now_do_not_keep_an_older_run_from_going_on() -> None:
+    raw = to_dict(compose(["env.backend=toy"]))
+    raw["env"]["cfg"] = {"seed": 3, "scene": {"num_envs": 64}, "sim": {"device": "cpu", "dt": 0.01}}
+    assert build(raw, stored=True).env.cfg == {"sim": {"dt": 0.01}}
+    with pytest.raises(ConfigError, match=r"set from env\.seed"):
+        build(raw)
+
+
+@pytest.mark.parametrize(
+    "value", ["a b", "it's", r"joint_\d+", "\\'\\", "ü", "true", 0.5, [1, 2.5], None]
+)
+def test_changes_of_a_task_are_handed_on_as_they_are(value: Any) -> None:
+    assert compose([f"env.cfg.x.y={compare_sims.written(value)}"]).env.cfg == {"x": {"y": value}}
+
+
 def test_both_spellings_of_the_embedded_tasks() -> None:
+    own = ["env.name=Isaac-Ant", "env.import=mine", "env.backend=mjlab"]
+    assert compose(own).env.name == "Isaac-Ant"  # somebody's own
     assert compose(["env.name=Isaac-Ant", "env.backend=mjlab"]).env.name == "Isaac-Ant-v0"
     assert compose(["env.name=Isaac-Ant-v0", "env.backend=mjlab"]).env.name == "Isaac-Ant-v0"
 

@@ -11,16 +11,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import check_that_nothing_changes_later
+from tensordict import TensorDict
 from torchrl.data import Categorical, Composite, Unbounded
 
 from dreamer_isaac.collect import EpisodeStats, Setup, Sync
 from dreamer_isaac.config import AlgoConfig, ConfigError, ModelConfig
 from dreamer_isaac.envs import curriculum
 from dreamer_isaac.envs.contract import ObservationError, SimEnv, check_specs
-from dreamer_isaac.envs.toy import DT, LENGTH, LIMIT, ToyEnv
+from dreamer_isaac.envs.toy import DT, LENGTH, LIMIT, PointEnv, ToyEnv
 from dreamer_isaac.models import Agent
 
 MODEL = ModelConfig(
@@ -188,12 +190,16 @@ def test_the_curriculum_is_logged_saved_and_restored(tmp_path: Path) -> None:
         def set_state(self, state: torch.Tensor) -> None:
             self.difficulty = state.clone()
 
+        def __call__(self, sim: Any, env_ids: torch.Tensor) -> float:
+            sim.weight = 5.0 if sim.common_step_counter > 50 else 1.0
+            return sim.weight
+
     class Sim(SimpleNamespace):
         def __init__(self, state: dict[str, Any]) -> None:
             super().__init__(
                 curriculum_manager=SimpleNamespace(
                     _curriculum_state=state, active_terms=list(state), _term_names=["adr"],
-                    _term_cfgs=[SimpleNamespace(func=Adaptive())], compute=lambda env_ids: None,
+                    _term_cfgs=[SimpleNamespace(func=Adaptive(), params={})], compute=None,
                 ),
                 device=torch.device("cpu"), common_step_counter=0,
                 scene=SimpleNamespace(terrain=SimpleNamespace(
@@ -211,17 +217,14 @@ def test_the_curriculum_is_logged_saved_and_restored(tmp_path: Path) -> None:
     sim.curriculum_manager._term_cfgs[0].func.set_state(torch.tensor([0.1, 0.2, 0.3]))
     torch.save(curriculum.state(sim), tmp_path / "state.pt")
     other = Sim(reported)
-    weights = []
 
     def promote(env_ids: Any = None) -> None:
-        ids = slice(None) if env_ids is None else env_ids
-        other.scene.terrain.terrain_levels[ids] += 1
-        weights.append(5.0 if other.common_step_counter > 50 else 1.0)
+        other.scene.terrain.terrain_levels += 1
 
     other.curriculum_manager.compute = promote
     curriculum.restore(other, torch.load(tmp_path / "state.pt", weights_only=True))
     assert other.common_step_counter == 77
-    assert weights == [5.0]  # a schedule holds before any episode has ended
+    assert other.weight == 5.0  # a schedule holds before any episode has ended
     kept = other.curriculum_manager._term_cfgs[0].func
     assert kept.difficulty.tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert other.scene.terrain.terrain_levels.tolist() == [3, 0, 2]
@@ -236,6 +239,44 @@ def test_the_curriculum_is_logged_saved_and_restored(tmp_path: Path) -> None:
     assert untouched.common_step_counter == 0
     silent = Sim({"of reward weights, reports nothing": None})
     assert curriculum.levels(silent) == {} and curriculum.state(silent)
+
+
+def test_terms_that_cannot_be_computed_of_no_env_harm_nothing() -> None:
+    class Mean:
+        value: Any = torch.tensor(2.0)
+
+        def get_state(self) -> Any:
+            return self.value
+
+        def set_state(self, state: Any) -> None:
+            self.value = state
+
+        def __call__(self, env: Any, ids: torch.Tensor, rate: float) -> None:
+            self.value = (1 - rate) * self.value + rate * torch.zeros(3)[ids].mean()  # NaN
+
+    def divides(env: Any, ids: torch.Tensor) -> float:
+        return 1 / len(ids)
+
+    def schedule(env: Any, ids: torch.Tensor) -> float:
+        return 5.0 if env.common_step_counter > 50 else 1.0
+
+    def cfg(func: Any, **params: Any) -> Any:
+        return SimpleNamespace(func=func, params=params)
+
+    terms = {"divides": cfg(divides), "mean": cfg(Mean(), rate=0.1), "weight": cfg(schedule)}
+    manager = SimpleNamespace(
+        _curriculum_state={}, active_terms=list(terms), _term_names=list(terms),
+        _term_cfgs=list(terms.values()), compute=None,
+    )  # fmt: skip
+    sim = SimpleNamespace(curriculum_manager=manager, device=torch.device("cpu"),
+                          common_step_counter=77, scene=SimpleNamespace(terrain=None))  # fmt: skip
+    saved = curriculum.state(sim)
+    assert saved == {"common_step_counter": 77, "terms": {"mean": torch.tensor(2.0)}}
+    terms["mean"].func.set_state(torch.tensor(0.0))
+    curriculum.restore(sim, saved)
+    assert terms["mean"].func.value == 2.0 and manager._curriculum_state["weight"] == 5.0
+    terms["mean"].func.set_state(np.float64(3.0))
+    assert type(curriculum.state(sim)["terms"]["mean"]) is float  # or it could not be read again
 
 
 def test_a_curriculum_goes_over_to_another_number_of_envs() -> None:
@@ -267,6 +308,32 @@ def test_tasks_that_do_not_fit_are_refused_in_words() -> None:
     assert "group 'actor'. There: policy." in complaint("actor", vector, real)
     assert "arrays of [5, 3]" in complaint("policy", Unbounded(torch.Size([4, 5, 3])), real)
     assert "no vector of real" in complaint("policy", vector, Categorical(3, torch.Size([4])))
+
+
+class Several(PointEnv):
+    """Observes two tensors, as an observation group does that is not concatenated."""
+
+    def _step(self, tensordict: Any) -> Any:
+        out = super()._step(tensordict)
+        parts = {"where": out["policy"][:, :1].clone(), "flag": torch.zeros(3, dtype=torch.bool)}
+        return out.set("policy", TensorDict(parts, out.batch_size))
+
+    def _reset(self, tensordict: Any = None, **kwargs: Any) -> Any:
+        out = super()._reset(tensordict, **kwargs)
+        return out.set("policy", TensorDict({"where": out["policy"][:, :1]}, out.batch_size))
+
+
+def test_what_is_not_seen_may_be_several_tensors() -> None:
+    env = ToyEnv(3, 0)
+    env.env = Several(3)
+    env.info.observation = 0
+    env.reset()
+    env.step(torch.zeros(3, 1))
+    env.check_finite()
+    env.env.obs[2, 0] = torch.nan
+    env.step(torch.zeros(3, 1))
+    with pytest.raises(ObservationError):
+        env.check_finite()
 
 
 def test_a_finite_horizon_ends_in_a_terminal_state() -> None:

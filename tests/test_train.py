@@ -589,11 +589,13 @@ def test_a_threaded_run_keeps_its_ratio_all_along(toy_overrides: list[str]) -> N
     assert len(ratios) >= 18 and min(ratios[2:-1]) >= 0.6 and max(ratios[2:-1]) <= 3
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "x", "/robot.xml"),
+                                   PermissionError(13, "x", "/robot.xml")])  # fmt: skip
 def test_what_is_no_fault_of_a_disk_has_its_traceback(
-    toy_overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+    toy_overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any, error: OSError
 ) -> None:
     def fails(self: Any, source: Any) -> None:
-        raise FileNotFoundError(2, "No such file or directory", "/robot.xml")
+        raise error
 
     monkeypatch.setattr(Learner, "train", fails)
     assert main(compose(toy_overrides)) == 1
@@ -657,7 +659,7 @@ def test_a_folder_that_becomes_read_only(
 
     def refused(self: Any, row: dict[str, float]) -> None:
         if row["frames"] > 600:
-            raise PermissionError(13, "Permission denied", "metrics.csv")
+            raise PermissionError(13, "Permission denied", str(self.path))
         write(self, row)
 
     with monkeypatch.context() as patch:

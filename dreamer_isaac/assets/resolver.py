@@ -37,6 +37,14 @@ class Preflight:
     found: list[Asset] = field(default_factory=list)
     missing: dict[Asset, str] = field(default_factory=dict)
     """And which file or field asks for it."""
+
+    @property
+    def below(self) -> list[Asset]:
+        """What is missing of files that are there: nobody asks for it by itself, and a robot
+        without its meshes is no error."""
+        there = {a.path for a in self.found}
+        return [a for a, by in self.missing.items() if by in there]
+
     unread: list[Asset] = field(default_factory=list)
     """USD files whose references could not be followed."""
 
@@ -128,7 +136,7 @@ class Resolver:
 
     def fetch(self, assets: Iterable[Asset]) -> None:
         """Have the server's files in the mirror, with what they refer to; what could not be had is
-        said."""
+        said. A server that does not answer is asked for one file."""
         from dreamer_isaac.assets.download import Downloader, DownloadError
 
         wanted = sorted(assets)
@@ -136,7 +144,9 @@ class Resolver:
             those = [a for a in wanted if a.release == release]
             self.say(f"assets: fetching {len(those)} from {self.server} ({release}) ...")
             try:
-                report = Downloader(self.mirror, release, self.server, retries=1).run(those)
+                downloader = Downloader(self.mirror, release, self.server, retries=1)
+                downloader.look(those[0])
+                report = downloader.run(those)
             except (DownloadError, NeedsUsd, OSError) as e:
                 self.say(f"assets missing ({release}): {e}")
                 continue

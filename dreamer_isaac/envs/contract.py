@@ -94,9 +94,6 @@ class ObservationError(RuntimeError):
     """The simulator produced an observation or reward that is not finite."""
 
 
-FLOATS = (torch.float16, torch.float32, torch.float64)
-
-
 def check_specs(task: str, env: EnvBase, group: str) -> None:
     """Complain about a task that does not fit the contract: one vector observed (`group`; "" where
     none is), one vector of real numbers as action.
@@ -187,9 +184,10 @@ class SimEnv:
             outcome = Outcome(outcome.reward, outcome.done, torch.zeros_like(outcome.truncated))
         obs = self._clone_obs(self._td)
         td: Any = self._td
-        seen = obs if self.info.observation else td.get(self.key, None)
-        if seen is not None and seen.is_floating_point():  # from pixels: what is not shown too
-            self._finite &= torch.isfinite(seen).all()
+        seen = obs if self.info.observation else td.get(self.key, None)  # unseen: from pixels
+        for part in seen.values(True, True) if isinstance(seen, TensorDictBase) else [seen]:
+            if part is not None and part.is_floating_point():
+                self._finite &= torch.isfinite(part).all()
         self._finite &= torch.isfinite(outcome.reward).all()
         return executed, outcome, Observation(obs, outcome.done.clone(), self.pixels())
 

@@ -23,24 +23,36 @@ def levels(sim: Any) -> dict[str, float]:
 
 
 def _terms(sim: Any) -> dict[str, Any]:
-    """Terms that keep something of their own and offer it, by name."""
-    manager = sim.curriculum_manager
+    """The curriculum's terms by name, as the manager configures them."""
+    manager = getattr(sim, "curriculum_manager", None)
     names, cfgs = getattr(manager, "_term_names", []), getattr(manager, "_term_cfgs", [])
-    return {n: c.func for n, c in zip(names, cfgs, strict=True) if hasattr(c.func, "get_state")}
+    return dict(zip(names, cfgs, strict=True))
+
+
+def _keeping(sim: Any) -> dict[str, Any]:
+    """Those that keep something of their own and offer it."""
+    terms = {n: c.func for n, c in _terms(sim).items()}
+    return {n: f for n, f in terms.items() if hasattr(f, "get_state") and hasattr(f, "set_state")}
 
 
 def state(sim: Any) -> dict[str, Any]:
-    """What the next episodes' difficulty follows from: the terrain's levels, what terms keep, and
-    the steps so far, which schedules go by. Empty for a task without a curriculum."""
+    """What the next episodes' difficulty follows from: the terrain's levels, what terms keep
+    (tensors and numbers), and the steps so far, which schedules go by. Empty for a task without a
+    curriculum."""
     if not getattr(getattr(sim, "curriculum_manager", None), "active_terms", ()):
         return {}
     out: dict[str, Any] = {"common_step_counter": int(sim.common_step_counter)}
     terrain = getattr(sim.scene, "terrain", None)
     if getattr(terrain, "terrain_levels", None) is not None:
         out["terrain_levels"] = terrain.terrain_levels.clone()  # type: ignore[union-attr]
-    terms = {n: t.get_state() for n, t in _terms(sim).items()}
-    terms = {n: v for n, v in terms.items() if isinstance(v, Tensor | int | float)}  # is saved
-    return out | ({"terms": terms} if terms else {})
+    kept: dict[str, Any] = {}
+    for name, term in _keeping(sim).items():
+        value = term.get_state()
+        if isinstance(value, Tensor):
+            kept[name] = value.clone()
+        elif isinstance(value, int | float):
+            kept[name] = float(value)  # a plain one, which a checkpoint can be read with
+    return out | ({"terms": kept} if kept else {})
 
 
 def _spread(values: Tensor, envs: int) -> Tensor:
@@ -71,15 +83,31 @@ def restore(sim: Any, saved: dict[str, Any]) -> None:
         terrain.env_origins.copy_(
             terrain.terrain_origins[terrain.terrain_levels, terrain.terrain_types]
         )
-    for name, term in _terms(sim).items():
-        value = saved.get("terms", {}).get(name)
-        if isinstance(value, Tensor) and value.shape != torch.as_tensor(term.get_state()).shape:
-            value = _spread(value, len(term.get_state()))
-        if value is not None:
-            term.set_state(value)
-    # Schedules change rewards and commands when they are computed. Of no env, because none has
-    # come to the end of an episode: nothing is promoted. (A term that cannot do this without one
-    # is computed at the first reset instead.)
-    with contextlib.suppress(RuntimeError, ValueError, IndexError):
-        sim.curriculum_manager.compute(torch.zeros(0, dtype=torch.long, device=sim.device))
+    _restore_terms(sim, saved.get("terms", {}))
     _pause(sim.curriculum_manager)
+
+
+def _restore_terms(sim: Any, kept: dict[str, Any]) -> None:
+    """Give terms what they kept, and compute all of them, because schedules change rewards and
+    commands only then. Of no env: none has come to the end of an episode, so nothing is promoted.
+    A term that cannot be computed so waits for the first end of an episode."""
+    terms = _keeping(sim)
+
+    def give(name: str) -> None:
+        value, now = kept[name], terms[name].get_state()
+        if isinstance(value, Tensor):
+            value = value.to(sim.device)
+            if isinstance(now, Tensor) and value.dim() and value.shape != now.shape:
+                value = _spread(value, len(now))
+        terms[name].set_state(value)
+
+    known = [n for n in kept if n in terms]
+    for name in known:
+        give(name)
+    none = torch.zeros(0, dtype=torch.long, device=sim.device)
+    for name, cfg in _terms(sim).items():
+        with contextlib.suppress(Exception):  # a user's; it was not made for this
+            sim.curriculum_manager._curriculum_state[name] = cfg.func(sim, none, **cfg.params)
+    for name in known:  # the mean over no env is NaN
+        if not torch.isfinite(torch.as_tensor(terms[name].get_state()).double()).all():
+            give(name)
