@@ -315,12 +315,12 @@ class Several(PointEnv):
 
     def _step(self, tensordict: Any) -> Any:
         out = super()._step(tensordict)
-        parts = {"where": out["policy"][:, :1].clone(), "flag": torch.zeros(3, dtype=torch.bool)}
+        parts = {"clock": out["policy"][:, 2:].clone(), "flag": torch.zeros(3, dtype=torch.bool)}
         return out.set("policy", TensorDict(parts, out.batch_size))
 
     def _reset(self, tensordict: Any = None, **kwargs: Any) -> Any:
         out = super()._reset(tensordict, **kwargs)
-        return out.set("policy", TensorDict({"where": out["policy"][:, :1]}, out.batch_size))
+        return out.set("policy", TensorDict({"clock": out["policy"][:, 2:]}, out.batch_size))
 
 
 def test_what_is_not_seen_may_be_several_tensors() -> None:
@@ -330,7 +330,7 @@ def test_what_is_not_seen_may_be_several_tensors() -> None:
     env.reset()
     env.step(torch.zeros(3, 1))
     env.check_finite()
-    env.env.obs[2, 0] = torch.nan
+    env.env.obs[2, 2] = torch.nan
     env.step(torch.zeros(3, 1))
     with pytest.raises(ObservationError):
         env.check_finite()
