@@ -38,7 +38,7 @@ def main(cfg: Config) -> int:
     """Run `cfg`; returns the exit code and says every error in words."""
 
     def ours(error: OSError) -> bool:
-        path = os.path.abspath(error.filename or cfg.run.dir)
+        path = os.path.abspath(str(error.filename or cfg.run.dir))
         return Path(path).is_relative_to(os.path.abspath(cfg.run.dir))
 
     try:

@@ -37,6 +37,8 @@ class Preflight:
     found: list[Asset] = field(default_factory=list)
     missing: dict[Asset, str] = field(default_factory=dict)
     """And which file or field asks for it."""
+    unread: list[Asset] = field(default_factory=list)
+    """USD files whose references could not be followed."""
 
     @property
     def below(self) -> list[Asset]:
@@ -44,9 +46,6 @@ class Preflight:
         without its meshes is no error."""
         there = {a.path for a in self.found}
         return [a for a, by in self.missing.items() if by in there]
-
-    unread: list[Asset] = field(default_factory=list)
-    """USD files whose references could not be followed."""
 
     def describe(self, root: Path) -> str:
         """In words, with the command that fetches what is missing."""
