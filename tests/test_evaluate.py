@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import embedded
 
-from dreamer_isaac import cli
+from dreamer_isaac import checkpoint, cli
 from dreamer_isaac.cli import compose
 from dreamer_isaac.config import AlgoConfig, EvaluationConfig, ModelConfig
 from dreamer_isaac.envs import make_env
@@ -162,6 +162,33 @@ def test_an_episode_is_cut_off_and_says_why() -> None:
     assert len(found.returns) == 8 and found.lengths.max() <= 30
     assert (found.lengths == 30).sum() == found.endings.count("time_out") > 0
     assert set(found.endings) <= {"time_out", "cart_out_of_bounds"}
+
+
+def test_an_evaluation_takes_the_curriculum_and_says_what_differs(
+    toy_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    loaded: list[Any] = []
+    kept = {"common_step_counter": 77}
+    monkeypatch.setattr(ToyEnv, "curriculum_state", lambda self: kept)
+    monkeypatch.setattr(ToyEnv, "load_curriculum_state", lambda self, state: loaded.append(state))
+    assert cli.run([*toy_overrides, "evaluation.final=false"]) == 0
+    run = next(o for o in toy_overrides if o.startswith("run.dir=")).split("=", 1)[1]
+    path = checkpoint.find(run) / "meta.json"
+    meta = json.loads(path.read_text())
+    meta["task"]["step_dt"] = 0.05  # half of the toy's
+    path.write_text(json.dumps(meta))
+    capsys.readouterr()
+    evaluated = [*toy_overrides, "mode=evaluate", f"checkpoint={run}"]
+    assert cli.run([*evaluated, f"run.dir={tmp_path / 'a'}"]) == 0
+    said = capsys.readouterr().out
+    assert loaded == [kept] and "begins anew" not in said
+    assert "trained at 50.0 ms a step, and acts at 100.0 ms here" in said
+    meta["files"].pop("curriculum.pt")  # as a model file, which has none
+    meta["task"]["step_dt"] = 0.1
+    path.write_text(json.dumps(meta))
+    assert cli.run([*evaluated, f"run.dir={tmp_path / 'b'}"]) == 0
+    said = capsys.readouterr().out
+    assert loaded == [kept, {}] and "begins anew" in said and "ms here" not in said
 
 
 def test_what_mode_evaluate_leaves(toy_overrides: list[str], tmp_path: Path) -> None:

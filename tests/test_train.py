@@ -614,6 +614,17 @@ def test_what_is_no_fault_of_a_disk_has_its_traceback(
     assert "robot.xml" in (folder(toy_overrides) / "traceback.txt").read_text()
 
 
+def test_tensorboard_shows_a_run_once_that_began_anew(toy_overrides: list[str]) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    args = [*toy_overrides, "logger.backend=tensorboard", "evaluation.final=false"]
+    for _ in range(2):
+        assert main(compose(args)) == 0
+        shutil.rmtree(folder(args) / "checkpoints")  # stopped before its first one, say
+    events = accumulator.EventAccumulator(str(folder(args) / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("time/fps")] == list(range(96, 961, 96))
+
+
 class InductorError(Exception):
     """As torch's compiler raises it."""
 
