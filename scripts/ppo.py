@@ -69,16 +69,17 @@ def main() -> None:
     arguments = parser.parse_args()
 
     cfg = configuration(arguments.task, arguments.num_envs, arguments.seed)
+    from dreamer_isaac.envs.mjlab import make_mjlab  # before mjlab: see envs/__init__.py
+
+    logging.disable(logging.INFO)
     import torch
     from mjlab.rl import RslRlVecEnvWrapper
     from rsl_rl.runners import OnPolicyRunner
     from torch import Tensor
 
     from dreamer_isaac.collect import EpisodeStats
-    from dreamer_isaac.envs.mjlab import make_mjlab
     from dreamer_isaac.main import seed_everything, versions
 
-    logging.disable(logging.INFO)
     auto = "cuda:0" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if arguments.device == "auto" else arguments.device)
     seed_everything(arguments.seed)

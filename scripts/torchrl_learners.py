@@ -91,6 +91,20 @@ class Continue(nn.Module):
         return logit.sigmoid() if self.probability else logit
 
 
+def imagination_env(agent: Agent, world: WorldModelWrapper, state: int, belief: int) -> DreamerEnv:
+    """On the agent's device: the losses' `to` would leave it on the CPU, where it begins."""
+    device = next(agent.parameters()).device
+    env = DreamerEnv(world, prior_shape=(state,), belief_shape=(belief,), device=device)
+    env.observation_spec = Composite(
+        state=Unbounded(state, device=device), belief=Unbounded(belief, device=device),
+        device=device,
+    )  # fmt: skip
+    env.state_spec = env.observation_spec.clone()
+    env.action_spec = Unbounded((agent.action,), device=device)
+    env.reward_spec = Unbounded((1,), device=device)
+    return env
+
+
 def v3_rssm(agent: Agent, model: ModelConfig) -> tuple[RSSMPriorV3, RSSMPosteriorV3]:
     """TorchRL's modules *sharing* our parameters, so that gradients land in one place."""
     ours = agent.rssm
@@ -167,11 +181,7 @@ def v3_loss(agent: Agent, model: ModelConfig, algo: AlgoConfig) -> DreamerV3Loss
             Head(agent.reward, twohot), in_keys=["state", "belief"], out_keys=["_l", "reward"]
         ),
     )
-    env = DreamerEnv(imagination, prior_shape=(width,), belief_shape=(model.belief,))
-    env.observation_spec = Composite(state=Unbounded(width), belief=Unbounded(model.belief))
-    env.state_spec = env.observation_spec.clone()
-    env.action_spec = Unbounded((agent.action,))
-    env.reward_spec = Unbounded((1,))
+    env = imagination_env(agent, imagination, width, model.belief)
     actor = ProbabilisticTensorDictSequential(
         TensorDictModule(
             Split(agent.actor), in_keys=["state", "belief"], out_keys=["loc", "scale"]
@@ -302,13 +312,7 @@ def v1_losses(
         ),
         TensorDictModule(Joined(agent.reward), in_keys=["state", "belief"], out_keys=["reward"]),
     )  # fmt: skip
-    env = DreamerEnv(imagination, prior_shape=(model.gaussian,), belief_shape=(model.belief,))
-    env.observation_spec = Composite(
-        state=Unbounded(model.gaussian), belief=Unbounded(model.belief)
-    )
-    env.state_spec = env.observation_spec.clone()
-    env.action_spec = Unbounded((agent.action,))
-    env.reward_spec = Unbounded((1,))
+    env = imagination_env(agent, imagination, model.gaussian, model.belief)
     actor = ProbabilisticTensorDictSequential(
         TensorDictModule(
             ActorNet(agent.actor.net), in_keys=["state", "belief"], out_keys=["loc", "scale"]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +23,7 @@ from dreamer_isaac.logger import Console
 from dreamer_isaac.main import start_simulator
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def make(*overrides: str, envs: int = 8) -> SimEnv:
@@ -156,6 +161,32 @@ def test_saved_state_goes_on_bit_by_bit_in_a_new_simulation(name: str, envs: int
         pairs = zip(itertools.chain([result[0]], *result[1:]),
                     [executed, *outcome, *observation], strict=True)  # fmt: skip
         assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("start", [
+    "import dreamer_isaac.envs.tasks, os; print(os.environ['MUJOCO_GL'])",
+    "import ppo; ppo.main()",
+])  # fmt: skip
+def test_a_machine_without_egl(start: str) -> None:
+    """A bare server or container: MuJoCo cannot be imported there if mjlab comes first."""
+    hidden = (
+        "import ctypes, sys\n"
+        "class Hidden(ctypes.CDLL):\n"
+        "    def __init__(self, name, *a, **k):\n"
+        "        if str(name).startswith('libEGL'): raise OSError(f'{name}: not found')\n"
+        "        super().__init__(name, *a, **k)\n"
+        "ctypes.CDLL = ctypes.cdll._dlltype = Hidden\n"
+        "sys.argv = ['ppo.py', '--device', 'nonsense']\n"
+    )
+    environ = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
+    environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in (".", "scripts"))
+    run = subprocess.run(
+        [sys.executable, "-c", hidden + start], env=environ, capture_output=True, text=True
+    )
+    if "ppo" in start:  # as far as its device
+        assert run.returncode and "nonsense" in run.stderr, run.stderr
+    else:
+        assert run.stdout == "disable\n", run.stderr
 
 
 def test_picture_without_opengl() -> None:

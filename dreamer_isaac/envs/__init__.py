@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
+
 import torch
 
 from dreamer_isaac.config import Config
 from dreamer_isaac.envs.contract import EnvInfo, Observation, Outcome, SimEnv
 
 __all__ = ["EnvInfo", "Observation", "Outcome", "SimEnv", "make_env"]
+
+
+def _without_egl() -> None:
+    """Let MuJoCo be imported on a machine without EGL, as a bare server or container is.
+
+    mjlab asks it for EGL if nobody else asks for anything, and MuJoCo, if it is not imported yet
+    (TorchRL does that), then fails with an AttributeError of PyOpenGL's. Nothing here draws with
+    it (render.py).
+    """
+    if not sys.platform.startswith("linux") or "MUJOCO_GL" in os.environ:
+        return
+    for name in ("libEGL.so.1", "libEGL.so"):
+        try:
+            ctypes.CDLL(name)
+            return
+        except OSError:
+            pass
+    os.environ["MUJOCO_GL"] = "disable"
+
+
+_without_egl()  # before anything imports MuJoCo: it reads the variable once
 
 
 def make_env(cfg: Config, backend: str, device: torch.device, render: bool = False) -> SimEnv:
