@@ -56,6 +56,31 @@ def spread(values: list[float]) -> dict[str, float]:
     }  # fmt: skip
 
 
+PARTS = {
+    "forward": "_compile.compile_inner",
+    "backward": "backward._backward_impl",
+    "of them: tracing": "bytecode_tracing",
+    "differentiating": "aot_trace_joint_graph",
+    "lowering": "GraphLowering.run",
+    "fusing": "Scheduler.__init__",
+    "writing code": "GraphLowering.codegen",
+    "waiting for workers": "async_compile.wait",
+    "choosing configurations": "CachingAutotuner.benchmark_all_configs",
+}
+"""Spans of torch's compiler. The first two are all of it but the last one, which comes when a
+kernel runs for the first time."""
+
+
+def compile_seconds() -> dict[str, float]:
+    """Seconds that torch.compile has taken in this process, by part, as far as this torch tells
+    them by these names."""
+    try:
+        from torch._dynamo.utils import compilation_time_metrics as spans
+    except ImportError:
+        return {}
+    return {part: round(sum(spans[name]), 2) for part, name in PARTS.items() if name in spans}
+
+
 def filled_replay(cfg: Any, widths: tuple[int, int], device: Any) -> Any:
     """A full ring of random records, where `replay_buffer.gpu_storage` says, and a function that
     makes more of them."""
@@ -171,6 +196,7 @@ def learner(arguments: argparse.Namespace) -> dict[str, Any]:
     wait()
     first, warm_up = process_seconds(), time.monotonic() - begin
     lap("first update")
+    compiling = compile_seconds()
     timed(update, wait, 10, 1)
     times = timed(update, wait, arguments.updates, arguments.blocks)
     trainer.check_finite()
@@ -186,6 +212,7 @@ def learner(arguments: argparse.Namespace) -> dict[str, Any]:
         "first_update_seconds": round(warm_up, 2),
         "process_start_to_first_update_seconds": round(first, 2),
         "start_seconds": {b[0]: round(b[1] - a[1], 2) for a, b in itertools.pairwise(laps)},
+        "compile_seconds": compiling,
         "metrics": {k: round(float(v), 5) for k, v in metrics.items() if k.startswith("loss")},
     }  # fmt: skip
     if device.type == "cuda":

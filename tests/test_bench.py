@@ -42,6 +42,17 @@ def test_learner_beside_torchrl(algo: str) -> None:
     assert out["command"].startswith("python scripts/bench.py learner") and out["versions"]["torch"]
 
 
+def test_where_the_compiler_s_time_goes() -> None:
+    code = ("import torch, bench; before = bench.compile_seconds()\n"
+            "x = torch.ones(3, requires_grad=True)\n"
+            "torch.compile(lambda x: x.sin().sum(), backend='aot_eager')(x).backward()\n"
+            "after = bench.compile_seconds(); print(before)\n"
+            "assert after['forward'] >= after['of them: tracing'] > 0, after")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=ROOT / "scripts")  # fmt: skip
+    assert done.returncode == 0 and done.stdout == "{}\n", done.stderr
+
+
 def test_replay() -> None:
     out = bench("replay", *SMALL, "--updates", "2", "--blocks", "2")
     assert min(out[f"{k}_ms"]["median"] for k in ("extend", "sample", "refresh")) > 0
