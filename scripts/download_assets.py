@@ -77,7 +77,7 @@ def task_assets(task: str, release: str | None) -> tuple[str, list[Asset]]:
     cfg = compose([f"env.name={task}"])
     config = task_config(cfg, "cpu")
     if release is None:
-        from isaaclab.utils import assets as isaaclab_assets
+        from isaaclab.utils import assets as isaaclab_assets  # pyright: ignore[reportMissingImports]
 
         own = parse(f"{isaaclab_assets.NUCLEUS_ASSET_ROOT_DIR}/Isaac")
         release = own.release if own else "5.1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import subprocess
@@ -15,6 +16,7 @@ import torch
 
 pytest.importorskip("mjlab", reason="the embedded simulator is not installed")
 
+from dreamer_isaac import envs
 from dreamer_isaac.cli import compose
 from dreamer_isaac.config import ConfigError
 from dreamer_isaac.envs import SimEnv, make_env
@@ -163,14 +165,33 @@ def test_saved_state_goes_on_bit_by_bit_in_a_new_simulation(name: str, envs: int
         assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("start", [
-    "import dreamer_isaac.envs.tasks, os; print(os.environ['MUJOCO_GL'])",
-    "import ppo; ppo.main()",
+@pytest.mark.parametrize(("there", "asked", "expected"), [
+    (False, None, "disable"), (False, "osmesa", "osmesa"), (True, None, None),
 ])  # fmt: skip
-def test_a_machine_without_egl(start: str) -> None:
-    """A bare server or container: MuJoCo cannot be imported there if mjlab comes first."""
+def test_a_machine_without_egl(
+    there: bool, asked: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str) -> None:
+        assert name.startswith("libEGL")
+        if not there:
+            raise OSError(f"{name}: not found")
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("MUJOCO_GL", "")  # so that it is put back
+    monkeypatch.delenv("MUJOCO_GL")
+    if asked:
+        monkeypatch.setenv("MUJOCO_GL", asked)
+    envs._without_egl()
+    assert os.environ.get("MUJOCO_GL") == expected
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("start", ["import dreamer_isaac.envs.tasks", "import ppo; ppo.main()"])
+def test_mujoco_is_imported_without_egl(start: str) -> None:
+    """mjlab asks for EGL if it comes first, and MuJoCo's import then fails."""
     hidden = (
-        "import ctypes, sys\n"
+        "import ctypes, os, sys\n"
         "class Hidden(ctypes.CDLL):\n"
         "    def __init__(self, name, *a, **k):\n"
         "        if str(name).startswith('libEGL'): raise OSError(f'{name}: not found')\n"
@@ -180,9 +201,8 @@ def test_a_machine_without_egl(start: str) -> None:
     )
     environ = {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
     environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in (".", "scripts"))
-    run = subprocess.run(
-        [sys.executable, "-c", hidden + start], env=environ, capture_output=True, text=True
-    )
+    code = f"{hidden}{start}\nprint(os.environ['MUJOCO_GL'])"
+    run = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
     if "ppo" in start:  # as far as its device
         assert run.returncode and "nonsense" in run.stderr, run.stderr
     else:
