@@ -59,16 +59,15 @@ def spread(values: list[float]) -> dict[str, float]:
 PARTS = {
     "forward": "_compile.compile_inner",
     "backward": "backward._backward_impl",
-    "of them: tracing": "bytecode_tracing",
+    "tracing": "bytecode_tracing",
     "differentiating": "aot_trace_joint_graph",
     "lowering": "GraphLowering.run",
-    "fusing": "Scheduler.__init__",
-    "writing code": "GraphLowering.codegen",
+    "fusing and writing code": "GraphLowering.codegen",
     "waiting for workers": "async_compile.wait",
     "choosing configurations": "CachingAutotuner.benchmark_all_configs",
 }
-"""Spans of torch's compiler. The first two are all of it but the last one, which comes when a
-kernel runs for the first time."""
+"""Spans of torch's compiler. The first two are the whole, those below are parts of it, except the
+last, which comes when a kernel runs for the first time."""
 
 
 def compile_seconds() -> dict[str, float]:

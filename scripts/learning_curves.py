@@ -2,9 +2,9 @@
 
 Reads `dreamer_<seed>/metrics.csv` (and `summary.json`) of dreamer_isaac.py and
 `ppo_<seed>/curve.csv` (and `result.json`) of scripts/ppo.py; prints the comparison as Markdown and
-draws `curves.png` there. Both curves are the mean return of the last finished episodes with the
-exploration noise of training; the clocks start at the first env step (Dreamer's a little before it,
-while the policy is compiled).
+draws `curves.png` there, dashed what has a `note` in its JSON file. Both curves are the mean return
+of the last finished episodes with the exploration noise of training; the clocks start at the first
+env step (Dreamer's a little before it, while the policy is compiled).
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class Curve:
     """Of PPO's: how many collect; 0: not said."""
     length: float = 0.0
     """Of PPO's: steps of the last episodes, their mean."""
+    note: str = ""
+    """What a reader of the curve must know; drawn dashed."""
 
     def at(self, second: float) -> float | None:
         """The return at that time; None where the run had not begun to report, or had ended more
@@ -75,6 +77,7 @@ def read(folder: Path, file: str, names: tuple[str, str, str], result: str) -> l
             content = json.loads(found.read_text())
             curve.evaluation = content.get("evaluation", {})
             curve.envs = int(content.get("num_envs", 0))
+            curve.note = content.get("note", "")
         out.append(curve)
     if not out:
         raise SystemExit(f"error: no {file} in {folder}")
@@ -98,9 +101,11 @@ def shown(values: Sequence[float | None], digits: int = 1) -> str:
 
 def compare(dreamer: list[Curve], ppo: list[Curve], seconds: float) -> str:
     """Markdown: returns at equal wall time, and frames for half of PPO's final return."""
+    both = (("Dreamer", dreamer), ("PPO", ppo))
+    noted = [f"{who} {c.seed} {c.note}." for who, curves in both for c in curves if c.note]
     lines = [
         f"Mean over seeds (Dreamer {', '.join(str(c.seed) for c in dreamer)}; PPO "
-        f"{', '.join(str(c.seed) for c in ppo)}), in brackets every seed's.", "",
+        f"{', '.join(str(c.seed) for c in ppo)}), in brackets every seed's.", *noted, "",
         "| | Dreamer | PPO | Dreamer / PPO |", "|---|---|---|---|",
     ]  # fmt: skip
 
@@ -151,18 +156,22 @@ def draw(dreamer: list[Curve], ppo: list[Curve], file: Path) -> None:
 
     figure, (time, frames) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for curves, colour, label in ((dreamer, "C1", "Dreamer"), (ppo, "C0", "PPO (rsl_rl)")):
-        for i, c in enumerate(curves):
-            name = label if not i else None
-            time.plot(c.seconds, c.returns, color=colour, lw=1.2, alpha=0.8, label=name)
-            frames.plot(c.frames, c.returns, color=colour, lw=1.2, alpha=0.8, label=name)
+        named: set[str] = set()
+        for c in curves:
+            name = f"{label}: {c.note}" if c.note else label
+            style = {"color": colour, "lw": 1.2, "alpha": 0.8, "ls": "--" if c.note else "-",
+                     "label": None if name in named else name}  # fmt: skip
+            named.add(name)
+            time.plot(c.seconds, c.returns, **style)
+            frames.plot(c.frames, c.returns, **style)
     time.set_xlabel("seconds since the first env step")
     frames.set_xlabel("env frames")
     frames.set_xscale("log")
     time.set_ylabel("mean episode return, with exploration")
     for axes in (time, frames):
         axes.grid(alpha=0.3)
-        axes.legend()
-    figure.tight_layout()
+    figure.legend(*time.get_legend_handles_labels(), loc="lower center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(file, dpi=90)
     plt.close(figure)
 

@@ -160,6 +160,15 @@ def test_losses_and_gradients_equal_torchrl(monkeypatch: pytest.MonkeyPatch) -> 
 # -- hand-computed -----------------------------------------------------------------------------
 
 
+def test_torchrl_s_imagination_is_where_the_networks_are() -> None:
+    learner = make_learner()
+    agent = learner.agent.to("meta")  # stands for a GPU
+    env: Any = v3_loss(agent, MODEL, learner.algo).actor_loss.model_based_env
+    specs = (env.observation_spec, env.state_spec, env.action_spec, env.reward_spec)
+    assert {env.device, *(s.device for s in specs)} == {torch.device("meta")}
+    assert {p.device for p in agent.parameters()} == {torch.device("meta")}
+
+
 def test_lambda_return_by_hand() -> None:
     reward, value = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 20.0, 30.0])
     discount = torch.tensor([0.9, 0.0, 0.5])

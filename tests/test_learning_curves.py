@@ -63,6 +63,13 @@ def test_rows_without_a_finished_episode_still_take_time(runs: Path) -> None:
     learning_curves.draw([curve], [curve], runs / "drawn.png")
     text = learning_curves.compare([curve], [curve], 600.0)
     assert "| frames in all | 3,000 (3,000) |" in text
+    result = runs / "ppo_0" / "result.json"
+    noted = {**json.loads(result.read_text()), "note": "shared its GPU"}
+    result.write_text(json.dumps(noted))
+    names = ("seconds", "frames", "return")
+    shared = learning_curves.read(runs, "ppo_*/curve.csv", names, "result.json")
+    assert "\nPPO 0 shared its GPU.\n" in learning_curves.compare([curve], shared, 600.0)
+    learning_curves.draw([curve], shared, runs / "drawn.png")
     write(runs / "other_0", "a,b", ["1,2"], "result.json", 1.0)
     with pytest.raises(SystemExit, match="no columns"):
         learning_curves.read(runs, "other_0/curve.csv", names, "")
