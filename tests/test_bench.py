@@ -62,7 +62,7 @@ def test_replay() -> None:
 
 
 @embedded
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_pipeline_counts_both_sides() -> None:
     # More random frames than the ring has room for: a full one will do.
     out = bench("pipeline", *SMALL, "collector=thread", "optimization.replay_ratio_floor=0",

@@ -198,9 +198,9 @@ def test_a_run_goes_on_seeing_what_it_saw(toy_overrides: list[str]) -> None:
 
 
 @pytest.mark.parametrize("task", [
-    pytest.param("Isaac-Cartpole-v0", marks=pytest.mark.cluster), "Isaac-Ant-v0",
-    pytest.param("Isaac-Cartpole-RGB-v0", marks=pytest.mark.cluster),
+    "Isaac-Cartpole-v0", "Isaac-Ant-v0", "Isaac-Cartpole-RGB-v0",
 ])  # fmt: skip
+@pytest.mark.cluster
 def test_exact_resume_on_real_physics(
     task: str, toy_overrides: list[str], tmp_path: Path, program: Program
 ) -> None:
@@ -843,11 +843,12 @@ sys.exit(cli.run(sys.argv[1:]))
 """
 
 
-def test_killed_at_ten_moments_it_always_resumes(toy_overrides: list[str]) -> None:
+@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.cluster)])
+def test_killed_at_any_moment_it_always_resumes(toy_overrides: list[str], kills: int) -> None:
     args = [*toy_overrides, "collector.total_frames=10000000", "evaluation.final=false"]
     run, rng = folder(toy_overrides), random.Random(0)
     reached = 0
-    for attempt in range(10):
+    for attempt in range(kills):
         # Every third dies between writing a checkpoint and renaming it.
         process = start(args, KILL_AT_RENAME if attempt % 3 == 0 else "")
         if attempt % 3:
