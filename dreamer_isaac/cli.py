@@ -326,9 +326,12 @@ def _task_of_checkpoint(overrides: list[str]) -> list[str]:
 
 def execute(cfg: Config) -> int:
     """Start the simulator, then torch, then run; the exit code."""
+    from dreamer_isaac import helpers
     from dreamer_isaac.launch import simulator
 
     as_trained(cfg)
+    if cfg.mode == "train":
+        helpers.start(cfg)
     try:
         with simulator(cfg) if cfg.mode != "export" else contextlib.nullcontext():
             from dreamer_isaac.main import main  # the first import of torch

@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 
+from dreamer_isaac import helpers
 from dreamer_isaac.config import OptimizationConfig
+
+only: frozenset[str] | None = None
+"""In a helper (helpers.py): the names of the functions that are compiled here."""
 
 
 def as_it_is(f: Any) -> Any:
@@ -17,8 +21,20 @@ def as_it_is(f: Any) -> Any:
 
 
 def compile_function(f: Any) -> Any:
-    """torch.compile for one set of shapes; a graph break is an error."""
-    return torch.compile(f, fullgraph=True, dynamic=False)
+    """torch.compile for one set of shapes; a graph break is an error. Where another process
+    compiles this function, the first call waits until it has."""
+    if only is not None and f.__name__ not in only:
+        return f
+    compiled: Any = torch.compile(f, fullgraph=True, dynamic=False)
+    helper = helpers.helper_of(f.__name__)
+    if helper is None:
+        return compiled
+
+    def waiting(*args: Any, **kwargs: Any) -> Any:
+        helper.wait()
+        return compiled(*args, **kwargs)
+
+    return waiting
 
 
 _starting: list[threading.Thread] = []
@@ -31,16 +47,19 @@ def start_compiler(device: torch.device, optimization: OptimizationConfig) -> No
     if device.type != "cuda" or optimization.compile.enabled == "false" or _starting:
         return
 
-    def work() -> None:
-        # Private parts of torch; where they have changed, the first update takes longer.
-        with suppress(Exception):
-            from torch._inductor import compile_fx  # noqa: F401
-            from torch._inductor.async_compile import AsyncCompile
-
-            AsyncCompile.warm_pool()
-
-    _starting.append(threading.Thread(target=work, name="compiler", daemon=True))
+    _starting.append(threading.Thread(target=import_compiler, name="compiler", daemon=True))
     _starting[0].start()
+
+
+def import_compiler() -> None:
+    """Import the compiler and start its worker processes."""
+    # Private parts of torch; where they have changed, the first update takes longer.
+    with suppress(Exception):
+        from torch._inductor import compile_fx  # noqa: F401
+        from torch._inductor.async_compile import AsyncCompile
+
+        AsyncCompile.warm_pool()
+        AsyncCompile.use_process_pool()  # the workers come with the first job: an empty one
 
 
 def wait_for_compiler() -> None:

@@ -215,14 +215,14 @@ class Learner:
             of steps 1..T: belief [B, T, D] and state [B, T, S]. With a captured update both
             are valid until the next one.
         """
-        source = _Given(batch)
+        source = Given(batch)
         if self._capture:
             fields = tuple((k, batch[k].shape, batch[k].dtype) for k in self.fields)
             if fields not in self._graphs:  # another shape is another graph
                 source.batch = batch.clone()
                 self._graphs[fields] = Captured(self, source)
             graph = self._graphs[fields]
-            assert isinstance(graph.source, _Given)
+            assert isinstance(graph.source, Given)
             for name in self.fields:
                 graph.source.batch[name].copy_(batch[name])
             metrics, latents = graph()
@@ -684,7 +684,7 @@ class Source(Protocol):
         ...
 
 
-class _Given:
+class Given:
     """One batch as a source."""
 
     def __init__(self, batch: TensorDictBase):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dreamer_isaac.config import OptimizationConfig
+from dreamer_isaac.config import AlgoConfig, OptimizationConfig
 from dreamer_isaac.learner import Batch, Learner, Noise, Observed, lambda_return, seen
 from dreamer_isaac.models.gaussian import Filtered, GaussianRecurrence, elu_backward_of, gru
 from dreamer_isaac.models.rssm import elu, full, join, linear
@@ -276,3 +276,8 @@ class LearnerV1(Learner):
 
     def _move_slow_critic(self) -> None:
         """There is none."""
+
+
+def learner_class(algo: AlgoConfig) -> type[Learner]:
+    """Who trains with these losses."""
+    return {"dreamer_v3": Learner, "dreamer_v1": LearnerV1}[algo.name]

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from dreamer_isaac import checkpoint, cli
+from dreamer_isaac import checkpoint, cli, helpers
 from dreamer_isaac.checkpoint import Checkpoints
 from dreamer_isaac.collect import Collector, CollectorError, Setup, Sync, Thread
 from dreamer_isaac.compiling import as_it_is, compile_function, start_compiler
-from dreamer_isaac.config import AlgoConfig, Config, ConfigError, build, to_dict
+from dreamer_isaac.config import Config, ConfigError, build, to_dict
 from dreamer_isaac.envs.contract import ObservationError
-from dreamer_isaac.learner import Learner, NonFiniteError
-from dreamer_isaac.learner_v1 import LearnerV1
+from dreamer_isaac.learner import NonFiniteError
+from dreamer_isaac.learner_v1 import learner_class
 from dreamer_isaac.logger import Console, Logger, duration
 from dreamer_isaac.main import (
     devices,
@@ -149,11 +149,6 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def learner_class(algo: AlgoConfig) -> type[Learner]:
-    """Who trains with these losses."""
-    return {"dreamer_v3": Learner, "dreamer_v1": LearnerV1}[algo.name]
-
-
 class Run:
     """All parts of one training run; `state`/`restore` are its checkpoint."""
 
@@ -171,10 +166,13 @@ class Run:
             for i, d in enumerate((self.sim_device, self.device, store))
         ]
         info, train_envs = self.env.info, cfg.env.num_envs - cfg.evaluation.num_envs
+        multiplier = cfg.algo.reward_multiplier or (
+            1 / info.step_dt if info.rewards_times_dt else 1.0
+        )
+        helpers.give(cfg, info.observation, info.action, info.pixels, multiplier, self.device)
         self.learner = learner_class(cfg.algo)(
-            self.agent, cfg.algo, cfg.optimization, generators[1],
-            cfg.algo.reward_multiplier or (1 / info.step_dt if info.rewards_times_dt else 1.0),
-        )  # fmt: skip
+            self.agent, cfg.algo, cfg.optimization, generators[1], multiplier
+        )
         self.replay = Replay(
             cfg.replay_buffer, train_envs, info.observation, info.action, cfg.model,
             store, generators[2], info.pixels,

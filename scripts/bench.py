@@ -130,6 +130,7 @@ def timed(action: Any, wait: Any, count: int, blocks: int) -> list[float]:
 
 def prepared(arguments: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     """Configuration, torch, the device, and a function that waits for it."""
+    from dreamer_isaac import helpers
     from dreamer_isaac.cli import compose
 
     cfg = compose(arguments.overrides)
@@ -138,6 +139,8 @@ def prepared(arguments: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     if wants_cameras(cfg):
         raise SystemExit(f"error: `{arguments.what}` works on vectors of random numbers, not on "
                          "pictures. Remedy: `pipeline`.")  # fmt: skip
+    if arguments.what == "learner":
+        helpers.start(cfg, arguments.observation, arguments.action)
     import torch
 
     if cfg.optimization.num_threads:
@@ -166,14 +169,16 @@ def learner(arguments: argparse.Namespace) -> dict[str, Any]:
 
     cfg, torch, device, wait = prepared(arguments)
     lap("import torch")
+    from dreamer_isaac import helpers
     from dreamer_isaac.compiling import start_compiler
+    from dreamer_isaac.learner_v1 import learner_class
     from dreamer_isaac.models import Agent
-    from dreamer_isaac.train import learner_class
 
     lap("import the rest")
     start_compiler(device, cfg.optimization)
     torch.manual_seed(0)
     widths = arguments.observation, arguments.action
+    helpers.give(cfg, *widths, None, 1.0, device)
     agent = Agent(*widths, cfg.model, cfg.algo).to(device)
     generator = torch.Generator(device=device).manual_seed(0)
     trainer = learner_class(cfg.algo)(agent, cfg.algo, cfg.optimization, generator)

@@ -11,8 +11,8 @@ from tensordict import TensorDict
 
 from dreamer_isaac.config import AlgoConfig, CompileConfig, ModelConfig, OptimizationConfig
 from dreamer_isaac.learner import Learner
+from dreamer_isaac.learner_v1 import learner_class
 from dreamer_isaac.models import Agent
-from dreamer_isaac.train import learner_class
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dreamer_isaac"
 LAYERS = [
     {"config", "cameras"},
     {"assets", "jobs", "compiling", "profiling", "envs", "models", "replay", "checkpoint", "logger"}
-    | {"optim", "launch"},
-    {"learner", "learner_v1", "collect", "evaluate", "export", "report"},
+    | {"optim", "launch", "helpers"},
+    {"learner", "learner_v1", "collect", "evaluate", "export", "report", "precompile"},
     {"main", "train", "cli"},
 ]
 # cli composes the configuration (bottom) and starts main (top), which dumps the configuration.
