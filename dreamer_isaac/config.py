@@ -114,6 +114,9 @@ class CompileConfig:
     kernels: Literal["auto", "true", "false"] = "auto"
     """Triton kernels of our own: Dreamer V3's recurrence, where they fit the model and there are no
     more than 32 sequences in a batch, its lambda returns, and V1's GRU. `true` needs a GPU."""
+    helpers: Literal["auto", "true", "false"] = "auto"
+    """Where the compilers' cache does not have the update yet: two more processes compile parts of
+    it, on the GPU, with memory of their own. `auto`: with 8 CPU cores or more."""
 
 
 @dataclass

@@ -43,11 +43,12 @@ SHARES = {
     ),
     "heads": ("_model_total_", "_imagine_step_", "_arithmetic"),
 }  # fmt: skip
-"""Functions of `learner.Learner`, `LearnerV1` and the optimisers by the helper that compiles them.
-The rest, up to the observed states, is needed first and left to this process."""
+"""Functions of `learner.Learner`, `LearnerV1` and the optimisers, by the helper that compiles them.
+The rest, up to the observed states, is needed first and left to this process: with a third helper
+for it the first update was no sooner (benchmarks/results/learner_start.md)."""
 
 CORES = 8
-"""On fewer, helpers would only be in the way."""
+"""On fewer, helpers would only be in the way (`optimization.compile.helpers=auto`)."""
 PATIENCE = 600.0
 """Seconds after which a helper is given up."""
 MEMORY = 0.25
@@ -105,10 +106,9 @@ class Helper:
         process, self.process = self.process, None
         if process is None:
             return False
-        answer = b""
-        if self.given and select.select([process.stdout], [], [], PATIENCE)[0]:
-            assert process.stdout
-            answer = process.stdout.readline().strip()
+        answer, out = b"", process.stdout
+        if self.given and out and select.select([out], [], [], PATIENCE)[0]:
+            answer = out.readline().strip()
         process.kill()
         process.wait()
         if answer == b"done":
@@ -136,7 +136,7 @@ def start(cfg: Config, *more: Any) -> None:
     Args:
         more: what else the compiled functions depend on.
     """
-    if _helpers or cfg.optimization.compile.enabled == "false" or not _worth_it(cfg):
+    if _helpers or not _wanted(cfg):
         return
     atexit.register(stop)
     for share in SHARES:
@@ -198,11 +198,15 @@ def mark_of(cfg: Config, share: str, *more: Any) -> Path:
     return Path(cache) / "dreamer_isaac" / digest[:32]
 
 
-def _worth_it(cfg: Config) -> bool:
-    """Whether there is a GPU to learn on and a core for every helper."""
+def _wanted(cfg: Config) -> bool:
+    """Whether the update is compiled, for a GPU, and helpers are wanted or would not be in the
+    way."""
+    compiling = cfg.optimization.compile
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
     gpu = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()  # dxg: WSL
+    cores = len(os.sched_getaffinity(0))
     return (
-        gpu and visible not in ("", "-1") and not cfg.optimization.device.startswith("cpu")
-        and len(os.sched_getaffinity(0)) >= CORES
+        compiling.enabled != "false" and compiling.helpers != "false"
+        and gpu and visible not in ("", "-1") and not cfg.optimization.device.startswith("cpu")
+        and (compiling.helpers == "true" or cores >= CORES)
     )  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
 from typing import Any
 
@@ -24,6 +25,7 @@ from dreamer_isaac.models.recurrence import Recurrence
 
 def main(share: str) -> None:
     """Compile `share`, if there is a job."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's to handle
     answer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anybody prints is no answer
     compiling.import_compiler()
@@ -44,7 +46,8 @@ def compile_share(share: str, job: Job) -> None:
     if job.precision:
         torch.backends.cuda.matmul.fp32_precision = job.precision
     compiling.only = frozenset(SHARES[share])
-    agent = Agent(job.observation, job.action, job.model, job.algo, job.pixels).to(device)
+    with device:  # where numbers are drawn faster
+        agent = Agent(job.observation, job.action, job.model, job.algo, job.pixels)
     learner = learner_class(job.algo)(
         agent, job.algo, job.optimization, torch.Generator(device), job.reward_multiplier
     )

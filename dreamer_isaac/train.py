@@ -244,7 +244,7 @@ class Run:
         )
         self.console.say(self.replay.describe())
         if self.device.type == "cuda" and self.cfg.optimization.compile.enabled != "false":
-            self.console.say("the first update is compiled, which takes a minute or two on a new "
+            self.console.say("the first update is compiled, which takes up to a minute on a new "
                              "machine and seconds from its cache")  # fmt: skip
 
     def save(self) -> None:
