@@ -2,7 +2,7 @@
 
 torch.compile is Python for the most part: one core's work, whatever the machine
 (benchmarks/results/learner_start.md). So helpers are started before this process imports torch.
-Each makes the same learner, runs one update on random records, compiles its share of the update's
+Each makes the same learner, runs one update on zeros, compiles its share of the update's
 functions (the others run as they are), and leaves what comes out in the compilers' cache on disk,
 where this process finds it: same functions, same shapes, same key (precompile.py). Meanwhile this
 process compiles what an update begins with.
