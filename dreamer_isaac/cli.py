@@ -330,9 +330,9 @@ def execute(cfg: Config) -> int:
     from dreamer_isaac.launch import simulator
 
     as_trained(cfg)
-    if cfg.mode == "train":
-        helpers.start(cfg)
     try:
+        if cfg.mode == "train":
+            helpers.start(cfg)
         with simulator(cfg) if cfg.mode != "export" else contextlib.nullcontext():
             from dreamer_isaac.main import main  # the first import of torch
 
@@ -343,6 +343,8 @@ def execute(cfg: Config) -> int:
     except Terminated as e:
         print("stopped by SIGTERM before the run had begun", file=sys.stderr)
         return e.code
+    finally:
+        helpers.stop()
 
 
 def as_trained(cfg: Config) -> str:

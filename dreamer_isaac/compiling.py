@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dreamer_isaac import helpers
-from dreamer_isaac.config import OptimizationConfig
+from dreamer_isaac.config import Config, OptimizationConfig
 
 only: frozenset[str] | None = None
 """In a helper (helpers.py): the names of the functions that are compiled here."""
@@ -60,6 +60,35 @@ def import_compiler() -> None:
 
         AsyncCompile.warm_pool()
         AsyncCompile.use_process_pool()  # the workers come with the first job: an empty one
+
+
+MEMORY = 0.25
+"""Part of the GPU's free memory that a helper may take."""
+LEAST = 2**30
+"""Bytes without which none of them would come far."""
+
+
+def hand_over(
+    cfg: Config, observation: int, action: int, pixels: tuple[int, int, int] | None,
+    reward_multiplier: float, device: torch.device, reserved: float = 0.0,
+) -> None:  # fmt: skip
+    """Let the helpers begin: the networks' widths and the learner's device are known.
+
+    Args:
+        reserved: GiB of the device that the replay buffer will take.
+    """
+    memory = 0.0
+    if device.type == "cuda":
+        memory = MEMORY * (torch.cuda.mem_get_info(device)[0] - reserved * 2**30)
+    if memory < LEAST:
+        helpers.stop()
+        return
+    rb = cfg.replay_buffer
+    helpers.give(helpers.Job(
+        cfg.model, cfg.algo, cfg.optimization, observation, action, pixels,
+        rb.batch_size // rb.batch_length, rb.batch_length, reward_multiplier, str(device), memory,
+        str(getattr(torch.backends.cuda.matmul, "fp32_precision", "")),
+    ))  # fmt: skip
 
 
 def wait_for_compiler() -> None:

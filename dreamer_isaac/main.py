@@ -141,7 +141,7 @@ def devices(cfg: Config) -> tuple[torch.device, torch.device]:
     if sim != learn and cfg.checkpoint.exact:
         raise ConfigError(["checkpoint.exact=true needs one device. Remedy: optimization.device="
                            f"{sim}."])  # fmt: skip
-    for key in ("cudagraph", "kernels"):
+    for key in ("cudagraph", "kernels", "helpers"):
         if learn.type != "cuda" and getattr(cfg.optimization.compile, key) == "true":
             name = f"optimization.compile.{key}"
             raise ConfigError([f"{name}=true needs a GPU. Remedy: {name}=auto."])

@@ -9,13 +9,15 @@ import os
 import pickle
 import signal
 import sys
+import threading
+import traceback
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 
 from dreamer_isaac import compiling
-from dreamer_isaac.helpers import MEMORY, SHARES, Job
+from dreamer_isaac.helpers import SHARES, Job
 from dreamer_isaac.learner import Given
 from dreamer_isaac.learner_v1 import learner_class
 from dreamer_isaac.models import Agent
@@ -29,20 +31,33 @@ def main(share: str) -> None:
     answer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anybody prints is no answer
     compiling.import_compiler()
-    given = sys.stdin.buffer.read()
-    if given:
-        compile_share(share, pickle.loads(given))
-        answer.write(b"done\n")
-        answer.flush()
+    try:
+        job = pickle.load(sys.stdin.buffer)
+    except EOFError:  # nobody needs it
+        os._exit(0)
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    try:
+        compile_share(share, job)
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)
+    answer.write(b"done\n")
+    answer.flush()
     os._exit(0)  # nothing here is worth an orderly end, for which the other process would wait
+
+
+def leave_with_parent() -> None:
+    """The other end of stdin closes when its process ends, however it does."""
+    os.read(0, 1)
+    os._exit(1)
 
 
 def compile_share(share: str, job: Job) -> None:
     """One update on `records`, of which only this share's functions are compiled."""
     device = torch.device(job.device)
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        torch.cuda.set_per_process_memory_fraction(MEMORY * free / total, device)
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(job.memory / total, device)
     if job.precision:
         torch.backends.cuda.matmul.fp32_precision = job.precision
     compiling.only = frozenset(SHARES[share])

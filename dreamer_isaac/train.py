@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from dreamer_isaac import checkpoint, cli, helpers
+from dreamer_isaac import checkpoint, cli
 from dreamer_isaac.checkpoint import Checkpoints
 from dreamer_isaac.collect import Collector, CollectorError, Setup, Sync, Thread
-from dreamer_isaac.compiling import as_it_is, compile_function, start_compiler
+from dreamer_isaac.compiling import as_it_is, compile_function, hand_over, start_compiler
 from dreamer_isaac.config import Config, ConfigError, build, to_dict
 from dreamer_isaac.envs.contract import ObservationError
 from dreamer_isaac.learner import NonFiniteError
@@ -166,13 +166,10 @@ class Run:
             for i, d in enumerate((self.sim_device, self.device, store))
         ]
         info, train_envs = self.env.info, cfg.env.num_envs - cfg.evaluation.num_envs
-        multiplier = cfg.algo.reward_multiplier or (
-            1 / info.step_dt if info.rewards_times_dt else 1.0
-        )
-        helpers.give(cfg, info.observation, info.action, info.pixels, multiplier, self.device)
         self.learner = learner_class(cfg.algo)(
-            self.agent, cfg.algo, cfg.optimization, generators[1], multiplier
-        )
+            self.agent, cfg.algo, cfg.optimization, generators[1],
+            cfg.algo.reward_multiplier or (1 / info.step_dt if info.rewards_times_dt else 1.0),
+        )  # fmt: skip
         self.replay = Replay(
             cfg.replay_buffer, train_envs, info.observation, info.action, cfg.model,
             store, generators[2], info.pixels,
@@ -231,6 +228,15 @@ class Run:
             self.replay.extend(records)
         self.extending.add(self.extending.take())
 
+    def hand_over(self) -> None:
+        """Let the compiler's helpers begin."""
+        reserved = self.replay.gib if self.replay.device == self.device else 0.0
+        info = self.env.info
+        hand_over(
+            self.cfg, info.observation, info.action, info.pixels, self.learner.reward_multiplier,
+            self.device, reserved,
+        )  # fmt: skip
+
     def acting_agent(self) -> Agent:
         """The networks as they are now, on the simulator's device."""
         if self.sim_device == self.device:
@@ -244,7 +250,7 @@ class Run:
         )
         self.console.say(self.replay.describe())
         if self.device.type == "cuda" and self.cfg.optimization.compile.enabled != "false":
-            self.console.say("the first update is compiled, which takes up to a minute on a new "
+            self.console.say("the first update is compiled, which takes about a minute on a new "
                              "machine and seconds from its cache")  # fmt: skip
 
     def save(self) -> None:
@@ -395,7 +401,8 @@ def train(cfg: Config, folder: Path, console: Console) -> int:
 def _train(cfg: Config, folder: Path, console: Console) -> int:
     found = Checkpoints(folder / "checkpoints").latest()
     run = Run(cfg, folder, console)
-    run.replay.check_memory()
+    run.replay.check_memory()  # before helpers take some of it
+    run.hand_over()
     run.describe()
     if cfg.checkpoint.exact:
         run.collector.start()

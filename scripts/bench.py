@@ -170,15 +170,17 @@ def learner(arguments: argparse.Namespace) -> dict[str, Any]:
     cfg, torch, device, wait = prepared(arguments)
     lap("import torch")
     from dreamer_isaac import helpers
-    from dreamer_isaac.compiling import start_compiler
+    from dreamer_isaac.compiling import hand_over, start_compiler
     from dreamer_isaac.learner_v1 import learner_class
     from dreamer_isaac.models import Agent
+    from dreamer_isaac.replay import record_bytes
 
     lap("import the rest")
     start_compiler(device, cfg.optimization)
     torch.manual_seed(0)
     widths = arguments.observation, arguments.action
-    helpers.give(cfg, *widths, None, 1.0, device)
+    stored = cfg.replay_buffer.size * record_bytes(*widths, cfg.model) / 2**30
+    hand_over(cfg, *widths, None, 1.0, device, stored if cfg.replay_buffer.gpu_storage else 0.0)
     agent = Agent(*widths, cfg.model, cfg.algo).to(device)
     generator = torch.Generator(device=device).manual_seed(0)
     trainer = learner_class(cfg.algo)(agent, cfg.algo, cfg.optimization, generator)
@@ -200,7 +202,7 @@ def learner(arguments: argparse.Namespace) -> dict[str, Any]:
     wait()
     first, warm_up = process_seconds(), time.monotonic() - begin
     lap("first update")
-    compiling = compile_seconds()
+    compiling, helped = compile_seconds(), helpers.started()
     timed(update, wait, 10, 1)
     times = timed(update, wait, arguments.updates, arguments.blocks)
     trainer.check_finite()
@@ -216,7 +218,7 @@ def learner(arguments: argparse.Namespace) -> dict[str, Any]:
         "first_update_seconds": round(warm_up, 2),
         "process_start_to_first_update_seconds": round(first, 2),
         "start_seconds": {b[0]: round(b[1] - a[1], 2) for a, b in itertools.pairwise(laps)},
-        "compile_seconds": compiling,
+        "compile_seconds": compiling, "helpers": helped,
         "metrics": {k: round(float(v), 5) for k, v in metrics.items() if k.startswith("loss")},
     }  # fmt: skip
     if device.type == "cuda":

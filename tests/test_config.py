@@ -105,6 +105,7 @@ def test_defaults_of_a_run_from_pixels() -> None:
 def test_the_bottom_layer_imports_no_torch() -> None:
     code = (
         "import sys; import dreamer_isaac.config, dreamer_isaac.cli, dreamer_isaac.launch;"
+        "import dreamer_isaac.helpers;"
         "from dreamer_isaac.cli import compose; compose([]);"
         "import dreamer_isaac.launch as l; c = compose([]); l.choose_backend(c);"
         "bad = {'torch', 'numpy', 'mjlab', 'mujoco', 'warp', 'isaaclab'} & set(sys.modules);"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "dreamer_isaac"
 LAYERS = [
-    {"config", "cameras"},
+    {"config", "cameras", "helpers"},
     {"assets", "jobs", "compiling", "profiling", "envs", "models", "replay", "checkpoint", "logger"}
-    | {"optim", "launch", "helpers"},
+    | {"optim", "launch"},
     {"learner", "learner_v1", "collect", "evaluate", "export", "report", "precompile"},
     {"main", "train", "cli"},
 ]
