@@ -225,6 +225,7 @@ def test_an_interrupted_wait_leaves_nobody(
     assert process.poll() is not None and not (tmp_path / "mark").exists()
 
 
+@pytest.mark.cluster
 def test_helpers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     """Killed, with one helper at work and one without a job."""
     script = f"""
