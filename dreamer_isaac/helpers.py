@@ -125,12 +125,11 @@ class Helper:
         assert self.process and self.process.stdout
         out, said = self.process.stdout.fileno(), b""
         while b"done\n" not in said:
-            left = self.given + PATIENCE - time.monotonic()
-            part = b""
-            if left > 0 and select.select([out], [], [], left)[0]:
-                part = os.read(out, 4096)
+            left = max(0.0, self.given + PATIENCE - time.monotonic())
+            late = not select.select([out], [], [], left)[0]
+            part = b"" if late else os.read(out, 4096)
             if not part:
-                self._complain(left <= 0)
+                self._complain(late)
                 return False
             said += part
         return True

@@ -209,6 +209,18 @@ def test_one_that_does_not_answer_is_given_up(
     assert "did not answer" in caplog.text and process.poll() is not None
 
 
+def test_an_answer_is_there_however_long_ago_it_came(cfg: Config, tmp_path: Path) -> None:
+    """A run may fill its replay buffer for many minutes before the first update."""
+    helper = helpers.Helper("heads", tmp_path / "mark")
+    assert helper.process is not None
+    helper.process.kill()
+    helper.process.wait()
+    helper.process = subprocess.Popen(["echo", "done"], stdout=subprocess.PIPE)
+    helper.process.wait()
+    helper.given = time.monotonic() - 10 * helpers.PATIENCE
+    assert helper.wait() and (tmp_path / "mark").exists()
+
+
 def test_an_interrupted_wait_leaves_nobody(
     cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
