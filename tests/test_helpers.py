@@ -19,7 +19,7 @@ from tensordict import TensorDict
 
 from dreamer_isaac import compiling, helpers
 from dreamer_isaac.cli import compose
-from dreamer_isaac.config import Config
+from dreamer_isaac.config import Config, ConfigError
 from dreamer_isaac.learner_v1 import learner_class
 from dreamer_isaac.models import Agent
 from dreamer_isaac.precompile import records
@@ -115,8 +115,49 @@ def test_helpers_are_for_gpus_with_cores(
 
 
 def test_no_visible_gpu_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert not helpers.has_gpu()
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert helpers.has_gpu()
+    for nothing in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", nothing)
+        assert not helpers.has_gpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5a6e")
+    assert helpers.has_gpu()
+
+
+def test_a_container_s_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(128)))
+    for limit, expected in (("max 100000", 128), ("450000 100000", 4), ("50000 100000", 1)):
+        monkeypatch.setattr(Path, "read_text", lambda self, limit=limit: f"{limit}\n")
+        assert helpers.cores() == expected
+
+
+def test_a_run_ends_what_it_started(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dreamer_isaac import cli, main
+
+    done: list[str] = []
+    monkeypatch.setattr(helpers, "start", lambda cfg: done.append("start"))
+    monkeypatch.setattr(helpers, "stop", lambda: done.append("stop"))
+    cfg.env.backend = "toy"
+    for mode in ("train", "evaluate"):
+        cfg.mode, cfg.evaluation.policy = mode, "random"
+        monkeypatch.setattr(main, "main", lambda cfg: done.append(cfg.mode) or 0)
+        assert cli.execute(cfg) == 0
+    monkeypatch.setattr(main, "main", lambda cfg: 1 / 0)
+    cfg.mode = "train"
+    with pytest.raises(ZeroDivisionError):
+        cli.execute(cfg)
+    assert done == ["start", "train", "stop", "evaluate", "stop", "start", "stop"]
+
+
+def test_helpers_without_a_gpu_are_a_mistake(cfg: Config) -> None:
+    from dreamer_isaac.main import devices
+
+    cfg.env.device = cfg.optimization.device = "cpu"
+    devices(cfg)
+    cfg.optimization.compile.helpers = "true"
+    with pytest.raises(ConfigError, match="helpers=true needs a GPU"):
+        devices(cfg)
 
 
 def test_starting_never_fails(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +168,10 @@ def test_starting_never_fails(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> N
     assert helpers.started() == []
 
 
-def test_the_mark_goes_by_what_is_compiled(cfg: Config, cache: Path) -> None:
+def test_the_mark_goes_by_what_is_compiled(
+    cfg: Config, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     before = helpers.mark_of(cfg, "heads")
     assert before == helpers.mark_of(compose(V3), "heads")
     assert before.is_relative_to(cache)
@@ -136,6 +180,13 @@ def test_the_mark_goes_by_what_is_compiled(cfg: Config, cache: Path) -> None:
     assert before == helpers.mark_of(cfg, "heads")
     cfg.algo.free_nats += 1
     assert before != helpers.mark_of(cfg, "heads")
+    cfg.algo.free_nats -= 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # the learner is on another one then
+    two = helpers.mark_of(cfg, "heads")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert two != helpers.mark_of(cfg, "heads")
+    monkeypatch.setattr(helpers, "_gpus", lambda: ["another model"])
+    assert helpers.mark_of(cfg, "heads") not in (two, before)
 
 
 def test_the_cache_is_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +342,8 @@ def test_records_are_laid_out_as_the_replay_buffer_s(
     )  # fmt: skip
     mine = records(job, torch.device("cpu"))
     flags = torch.zeros(8, 8, dtype=torch.bool)
-    state = mine["state"].new_zeros(8, 8, *mine["state"].shape[1:])
+    rssm = Agent(5, 2, cfg.model, cfg.algo).rssm
+    state = rssm.compress(torch.zeros(8, 8, rssm.state))  # as the collector hands it over
     stored = TensorDict(
         obs=torch.zeros(8, 8, 5), is_first=flags, action=torch.zeros(8, 8, 2),
         reward=torch.zeros(8, 8), terminated=flags, truncated=flags,
